@@ -1,0 +1,70 @@
+"""One stand-in for Deepgram and few servers serve all the tests that need no settings of their own.
+
+A server that lives through so many faults shows at its end that none of them has left a mark.
+"""
+
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.deepgram import Deepgram
+from tests.server import Server, edited
+
+
+@pytest_asyncio.fixture(scope="session")
+async def deepgram() -> AsyncIterator[Deepgram]:
+    """Return the stand-in for Deepgram."""
+    async with Deepgram() as running:
+        yield running
+
+
+async def lived_well(server: Server) -> None:
+    """Stop `server`, and check that its log has one end a call, and no traceback."""
+    server.signal()
+    assert await server.end() == 0
+    assert "Traceback" not in server.log
+    assert "never retrieved" not in server.log
+    calls = re.findall(r"INFO (call \w+) started\n", server.log)
+    assert [call for call in calls if server.log.count(f" {call} ended: ") != 1] == []
+
+
+@pytest_asyncio.fixture(scope="session")
+async def server(deepgram: Deepgram) -> AsyncIterator[Server]:
+    """Return a server with no setting but the key and Deepgram's stand-in."""
+    async with Server({"DEEPGRAM_URL": deepgram.url}) as running:
+        yield running
+        await lived_well(running)
+
+
+@pytest_asyncio.fixture(scope="session")
+async def closing(deepgram: Deepgram) -> AsyncIterator[Server]:
+    """Return a server that closes after speech, at the DEBUG level."""
+    async with Server(
+        {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes", "LOG_LEVEL": "debug"}
+    ) as running:
+        yield running
+        await lived_well(running)
+
+
+@pytest_asyncio.fixture(scope="session")
+async def hasty(
+    deepgram: Deepgram, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Server]:
+    """Return a server that closes after speech and has a tenth of the usual patience."""
+    module = edited(
+        Path(tmp_path_factory.mktemp("hasty")),
+        START_SECONDS=1.0,
+        SILENCE_SECONDS=0.9,
+        MARK_SECONDS=0.3,
+        READ_SECONDS=0.5,
+        CONNECT_SECONDS=0.3,
+    )
+    async with Server(
+        {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes", "GREETING": "Hello in haste"},
+        module=module,
+    ) as running:
+        yield running
+        await lived_well(running)

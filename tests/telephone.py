@@ -1,0 +1,311 @@
+"""A telephone: the Twilio side of a Media Stream, on a real websocket.
+
+It plays what it is sent in order, returns each mark when the audio before it has been played, and
+at a `clear` throws the rest away and returns the marks in it, as Twilio does. It keeps to the
+protocol (`shared/twilio-media-streams.md` has it) and holds the server to it: a message that Twilio
+would warn about raises ProtocolViolation in the test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Self
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+BYTES_A_SECOND = 8000
+MULAW = {"encoding": "audio/x-mulaw", "sampleRate": 8000, "channels": 1}
+
+
+class ProtocolViolation(AssertionError):
+    """The server sent what Twilio would warn about (31950, 31951)."""
+
+
+class Telephone:
+    """One call, made by `dial`.
+
+    Attributes:
+        heard: The mulaw bytes played to the caller so far.
+        sent: The mulaw bytes that came, played or not.
+        frames: The sizes of the media messages, in bytes.
+        events: What came, in order: ("media", bytes), ("mark", name), ("clear", "").
+        times: The event loop's time of each event.
+        returned: The names of the marks returned, played or cleared.
+
+    Args:
+        speed: Seconds of audio played in a second.
+        returns_marks: Whether it does.
+        overhear: Is called with who sent it (Twilio or server) and every message.
+    """
+
+    def __init__(
+        self,
+        ws: ClientConnection,
+        *,
+        speed: float = 1000.0,
+        returns_marks: bool = True,
+        overhear: Callable[[str, str | bytes], None] = lambda _who, _message: None,
+    ) -> None:
+        self.ws = ws
+        self.stream_sid = "MZ" + secrets.token_hex(16)
+        self.call_sid = "CA" + secrets.token_hex(16)
+        self.heard = bytearray()
+        self.sent = bytearray()
+        self.frames: list[int] = []
+        self.events: list[tuple[str, str | bytes]] = []
+        self.times: list[float] = []
+        self.returned: list[str] = []
+        self.started_at = 0.0
+        self._overhear = overhear
+        self._speed = speed  # seconds of audio played in a second
+        self._returns_marks = returns_marks
+        self._sequence = 0
+        self._buffer: asyncio.Queue[tuple[str, str | bytes]] = asyncio.Queue()
+        self._cleared = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._violation: ProtocolViolation | None = None
+
+    async def __aenter__(self) -> Self:
+        self._group = asyncio.TaskGroup()
+        await self._group.__aenter__()
+        self._listener = self._group.create_task(self._listen())
+        self._player = self._group.create_task(self._play())
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._listener.cancel()
+        self._player.cancel()
+        await self._group.__aexit__(None, None, None)
+        await self.ws.close()
+        if self._violation and exc[0] is None:
+            raise self._violation
+
+    # What the caller and Twilio do
+
+    async def send(self, event: str, **fields: Any) -> None:
+        """Send one of Twilio's messages."""
+        self._sequence += 1
+        await self.send_raw(
+            json.dumps(
+                {
+                    "event": event,
+                    "sequenceNumber": str(self._sequence),
+                    "streamSid": self.stream_sid,
+                    **fields,
+                }
+            )
+        )
+
+    async def send_raw(self, message: str | bytes) -> None:
+        """Send `message` as it is."""
+        await self.ws.send(message)
+        self._overhear("Twilio", message)
+
+    async def connected(self) -> None:
+        """Send `connected`, which comes first."""
+        await self.send_raw(
+            json.dumps({"event": "connected", "protocol": "Call", "version": "1.0.0"})
+        )
+
+    def start_fields(self, **parameters: str) -> dict[str, Any]:
+        """Return what `start` has besides its event."""
+        return {
+            "accountSid": "AC" + "0" * 32,
+            "streamSid": self.stream_sid,
+            "callSid": self.call_sid,
+            "tracks": ["inbound"],
+            "mediaFormat": MULAW,
+            "customParameters": parameters,
+        }
+
+    async def start(self, **parameters: str) -> None:
+        """Send `start`, with these <Parameter>s."""
+        await self.send("start", start=self.start_fields(**parameters))
+        self.started_at = asyncio.get_running_loop().time()
+
+    async def voice(self, messages: int = 1) -> None:
+        """Send so many 20 ms messages of the caller's silence."""
+        payload = base64.b64encode(b"\xff" * 160).decode()
+        for chunk in range(messages):
+            await self.send(
+                "media",
+                media={
+                    "track": "inbound",
+                    "chunk": str(chunk + 1),
+                    "timestamp": str(chunk * 20),
+                    "payload": payload,
+                },
+            )
+
+    async def press(self, digit: str) -> None:
+        """Press a key."""
+        await self.send("dtmf", dtmf={"track": "inbound_track", "digit": digit})
+
+    async def hang_up(self, *, stop: bool = True) -> None:
+        """End the call from this side, as a caller does."""
+        if stop:
+            await self.send("stop", stop={"accountSid": "AC", "callSid": self.call_sid})
+        await self.ws.close()
+
+    def drop(self) -> None:
+        """Lose the network: no stop, no close frame (1006)."""
+        self.ws.transport.abort()
+
+    # What a test waits for
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` is true, or the call over (which is an error unless it is)."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: condition() or self._listener.done())
+        if self._violation:
+            raise self._violation
+        if not condition():
+            raise AssertionError(f"the call ended: {self.ws.close_code} {self.ws.close_reason}")
+
+    async def until_sound(self) -> None:
+        """Wait for the first media message."""
+        await self.until(lambda: bool(self.frames))
+
+    async def until_mark(self, count: int = 1) -> None:
+        """Wait until so many marks have come (with a speed, played or not)."""
+        await self.until(lambda: len(self.named("mark")) >= count)
+
+    async def until_heard(self, audio: bytes) -> None:
+        """Wait until the caller has heard this much, and a mark has come after it."""
+        await self.until(lambda: len(self.heard) >= len(audio) and self.events[-1][0] == "mark")
+
+    async def until_closed(self) -> int:
+        """Wait until the server has closed the call; return the close code."""
+        await self._listener
+        if self._violation:
+            raise self._violation
+        return self.ws.close_code or 1006
+
+    def named(self, event: str) -> list[str | bytes]:
+        """Return the payloads of the events of this name."""
+        return [what for name, what in self.events if name == event]
+
+    # What comes
+
+    async def _listen(self) -> None:
+        try:
+            async for message in self.ws:
+                self._overhear("server", message)
+                event = self._check(message)
+                async with self._changed:
+                    self.events.append(event)
+                    self.times.append(asyncio.get_running_loop().time())
+                    match event:
+                        case "media", bytes(audio):
+                            self.sent += audio
+                            self.frames.append(len(audio))
+                            self._buffer.put_nowait(event)
+                        case "mark", _:
+                            self._buffer.put_nowait(event)
+                        case _:
+                            await self._clear()
+                    self._changed.notify_all()
+        except ConnectionClosed:
+            pass
+        except ProtocolViolation as violation:
+            self._violation = violation
+            self.ws.transport.abort()
+        finally:
+            async with self._changed:
+                self._changed.notify_all()
+
+    def _check(self, message: str | bytes) -> tuple[str, str | bytes]:
+        if isinstance(message, bytes):
+            raise ProtocolViolation("a binary message (31950)")
+        told = json.loads(message)
+        match told:
+            case {"event": "media", "streamSid": sid, "media": {"payload": str(payload)}}:
+                keys = {"event", "streamSid", "media"}, {"payload"}
+                try:
+                    what: str | bytes = base64.b64decode(payload, validate=True)
+                except binascii.Error as error:
+                    raise ProtocolViolation(f"a payload that is not base64: {error}") from error
+            case {"event": "mark", "streamSid": sid, "mark": {"name": str(name)}}:
+                keys = {"event", "streamSid", "mark"}, {"name"}
+                what = name
+            case {"event": "clear", "streamSid": sid}:
+                keys = {"event", "streamSid"}, set()
+                what = ""
+            case _:
+                raise ProtocolViolation(f"not a message Twilio knows (31951): {message[:200]}")
+        event = str(told["event"])
+        inner = told.get(event, {})
+        if (set(told), set(inner)) != keys or sid != self.stream_sid:
+            raise ProtocolViolation(f"extra keys or a wrong streamSid (31951): {message[:200]}")
+        return event, what
+
+    async def _play(self) -> None:
+        while True:
+            _, what = await self._buffer.get()
+            if isinstance(what, bytes):
+                self._cleared.clear()
+                seconds = len(what) / BYTES_A_SECOND / self._speed
+                begun = asyncio.get_running_loop().time()
+                try:
+                    async with asyncio.timeout(seconds):
+                        await self._cleared.wait()
+                        elapsed = asyncio.get_running_loop().time() - begun
+                        what = what[: int(elapsed * self._speed * BYTES_A_SECOND)]
+                except TimeoutError:
+                    pass
+                async with self._changed:
+                    self.heard += what
+                    self._changed.notify_all()
+            else:
+                await self._return_mark(what)
+                async with self._changed:
+                    self._changed.notify_all()
+
+    async def _clear(self) -> None:
+        self._cleared.set()
+        while not self._buffer.empty():
+            _, what = self._buffer.get_nowait()
+            if isinstance(what, str):
+                await self._return_mark(what)
+
+    async def _return_mark(self, name: str) -> None:
+        if self._returns_marks:
+            with suppress(ConnectionClosed):
+                await self.send("mark", mark={"name": name})
+                self.returned.append(name)
+
+
+@asynccontextmanager
+async def dial(
+    url: str,
+    *,
+    start: bool = True,
+    parameters: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+    speed: float = 1000.0,
+    returns_marks: bool = True,
+    overhear: Callable[[str, str | bytes], None] = lambda _who, _message: None,
+    **options: Any,
+) -> AsyncIterator[Telephone]:
+    """Place a call to `url`, as Twilio does: `connected`, then `start` with `parameters`."""
+    ws = await connect(
+        url,
+        user_agent_header="Twilio.TmeWs/1.0",
+        additional_headers=headers,
+        compression=None,
+        proxy=None,
+        max_size=None,
+        **options,
+    )
+    async with Telephone(ws, speed=speed, returns_marks=returns_marks, overhear=overhear) as phone:
+        await phone.connected()
+        if start:
+            await phone.start(**(parameters or {}))
+        yield phone

@@ -1,0 +1,270 @@
+"""Whatever comes in over the websocket, the greeting is heard, or the call ends in plain words."""
+
+import asyncio
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.deepgram import Answer, Deepgram, noise
+from tests.server import Server, edited
+from tests.telephone import MULAW, dial
+
+GREETING = noise("Hello, how are you today?")
+BAD: dict[str, str | bytes] = {
+    "not JSON": "not json{",
+    "not an object": "[]",
+    "a number": "17",
+    "huge": "1" * 10_000,
+    "infinite": '{"event": "mark", "mark": {"name": 1e999}}',
+    "deep": "[" * 30_000,
+    "deep objects": '{"event":' * 5000,
+    "no event": "{}",
+    "event is no text": '{"event": ["media"]}',
+    "unknown event": '{"event": "transcript", "text": "hi"}',
+    "media without audio": '{"event": "media"}',
+    "binary": b"\x00\xff\x00",
+    "binary JSON": b'{"event": "stop"}',
+    "mark never sent": '{"event": "mark", "mark": {"name": "4711"}}',
+    "mark without a name": '{"event": "mark", "mark": {}}',
+    "mark of a wrong type": '{"event": "mark", "mark": 7}',
+    "no digit": '{"event": "dtmf", "dtmf": {"digit": "x"}}',
+    "two digits": '{"event": "dtmf", "dtmf": {"digit": "12"}}',
+    "empty digit": '{"event": "dtmf", "dtmf": {"digit": ""}}',
+    "digit of a wrong type": '{"event": "dtmf", "dtmf": {"digit": 1}}',
+    "lone surrogate": '{"event": "\\ud800", "\\udfff": "\\ud800"}',
+    "NUL": '{"event": "\\u0000"}',
+    "empty": "",
+}
+
+
+async def greeted(server: Server) -> None:
+    """Place one more call, which hears the greeting."""
+    async with dial(server.url) as phone:
+        await phone.until_heard(GREETING)
+        assert phone.heard == GREETING
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", BAD)
+async def test_bad_message(server: Server, name: str, when: str) -> None:
+    """A message that Twilio does not send is ignored, with one warning, and all is heard."""
+    lines = len(server.log.splitlines())
+    async with dial(server.url, start=False) as phone:
+        if when == "after":
+            await phone.start()
+        await phone.send_raw(BAD[name])
+        await phone.send_raw(BAD[name])
+        if when == "before":
+            await phone.start()
+        await phone.until_heard(GREETING)
+        assert phone.heard == GREETING
+        await phone.hang_up()
+    await server.logged(f"{phone.call_sid} ended: hung up")
+    levels = [line.split()[2] for line in server.log.splitlines()[lines:]]
+    assert sorted(levels) == ["INFO", "INFO", "WARNING"]
+
+
+async def test_all_bad_messages(closing: Server, deepgram: Deepgram) -> None:
+    """All of them in one call: one warning, the messages themselves only at the DEBUG level."""
+    go = asyncio.Event()
+    text = deepgram.answer("all bad messages", Answer(hold=go))
+    async with dial(closing.url, parameters={"text": text}) as phone:
+        for message in BAD.values():
+            await phone.send_raw(message)
+        go.set()
+        assert await phone.until_closed() == 1000
+        assert phone.heard == noise(text)
+    await closing.logged(f"{phone.call_sid} ended: spoken")
+    lines = [line for line in closing.log.splitlines() if f"{phone.call_sid}: ignored" in line]
+    assert len([line for line in lines if " WARNING " in line]) == 1
+    assert len([line for line in lines if " DEBUG " in line]) == len(BAD)
+    assert "'not json{'" in "\n".join(lines)
+
+
+async def test_second_start(server: Server) -> None:
+    """A second start is ignored: the call keeps its stream SID and says its own text."""
+    async with dial(server.url) as phone:
+        fields = phone.start_fields(text="another") | {"streamSid": "MZother"}
+        await phone.send("start", start=fields)
+        await phone.until_heard(GREETING)
+        assert phone.heard == GREETING
+        await phone.hang_up()
+    await server.logged(f"{phone.call_sid}: ignored what Twilio never sends")
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        {"callSid": 7, "customParameters": None},
+        {"customParameters": {"text": 7, "model": None, "1": "\ud800\x00"}},
+        {"customParameters": ["text"], "callSid": "CA\n2026-11-22 INFO forged"},
+        {"mediaFormat": MULAW | {"more": [1]}, "more": {}},
+    ],
+)
+async def test_odd_start(server: Server, start: dict[str, Any]) -> None:
+    """What a start has too much, too little or of a wrong type is done without."""
+    async with dial(server.url, start=False) as phone:
+        await phone.send("start", start={"streamSid": phone.stream_sid, **start})
+        await phone.until_heard(GREETING)
+        assert phone.heard == GREETING
+    assert "\n2026-11-22 INFO forged" not in server.log
+
+
+@pytest.mark.parametrize("key", ["mediaFormat", "callSid", "customParameters", "accountSid"])
+async def test_start_lacks(server: Server, key: str) -> None:
+    """Only the stream SID is indispensable."""
+    async with dial(server.url, start=False) as phone:
+        fields = phone.start_fields()
+        del fields[key]
+        await phone.send("start", start=fields)
+        await phone.until_heard(GREETING)
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ({"streamSid": ""}, "start without a stream SID"),
+        ({"streamSid": 7}, "start without a stream SID"),
+        ({"streamSid": None}, "start without a stream SID"),
+        ({"mediaFormat": MULAW | {"sampleRate": 16000}}, "the stream is not 8 kHz mulaw"),
+        ({"mediaFormat": MULAW | {"encoding": "audio/opus"}}, "the stream is not 8 kHz mulaw"),
+        ({"mediaFormat": MULAW | {"channels": 2}}, "the stream is not 8 kHz mulaw"),
+        ({"mediaFormat": "mulaw"}, "the stream is not 8 kHz mulaw"),
+    ],
+)
+async def test_impossible_start(server: Server, start: dict[str, Any], said: str) -> None:
+    """A start with no stream SID or another format ends that call with 1008 and a clear line."""
+    async with dial(server.url, start=False) as phone:
+        await phone.send("start", start=phone.start_fields() | start)
+        assert await phone.until_closed() == 1008
+        assert phone.events == []
+    assert said in await server.logged(f"WARNING call {phone.call_sid} ended")
+
+
+@pytest.mark.parametrize("start", [None, [], "MZ", 7])
+async def test_start_is_no_object(server: Server, start: Any) -> None:
+    """So does one that is no object."""
+    async with dial(server.url, start=False) as phone:
+        await phone.send("start", start=start)
+        assert await phone.until_closed() == 1008
+        assert phone.ws.close_reason == "start without a stream SID"
+
+
+async def test_no_start(hasty: Server) -> None:
+    """A connection that sends no start is closed, whatever else it sends."""
+    async with dial(hasty.url, start=False) as phone:
+        await phone.voice(3)
+        assert await phone.until_closed() == 1008
+        assert phone.ws.close_reason == "no start within 1 s"
+    await hasty.logged(r"WARNING connection from \(.*\) ended: no start within 1 s")
+
+
+async def test_large_message(server: Server) -> None:
+    """A message over 64 KiB closes its connection with 1009 and touches no other."""
+    async with dial(server.url, speed=0.5) as other, dial(server.url) as phone:
+        await other.until_sound()
+        await phone.send_raw("x" * 64 * 1024)
+        await phone.voice()
+        await phone.send_raw("x" * 5_000_000)
+        assert await phone.until_closed() == 1009
+        await other.until_heard(GREETING)
+        assert other.heard == GREETING
+    assert "1009 (message too big)" in await server.logged(f"{phone.call_sid} ended")
+
+
+async def test_many_keys(server: Server, deepgram: Deepgram) -> None:
+    """Keys beyond those that a script could ever want are forgotten, but still interrupt."""
+    go = asyncio.Event()
+    text = deepgram.answer("many keys", Answer(pieces=(1, 5000), hold=go))
+    async with dial(server.url, parameters={"text": text}, speed=0.01) as phone:
+        for _ in range(300):
+            await phone.press("1")
+        go.set()
+        await phone.until_mark()
+        await phone.press("1")
+        await phone.until(lambda: phone.events[-1] == ("clear", ""))
+
+
+@pytest.mark.parametrize("seconds", [0.3, 500])
+async def test_peer_that_reads_nothing(deepgram: Deepgram, tmp_path: Path, seconds: float) -> None:
+    """Who stops reading is let go, whether the network still takes all of the speech or not."""
+    module = edited(tmp_path, AHEAD_SECONDS=1000, SILENCE_SECONDS=0.5, MARK_SECONDS=0.5)
+    sound = random.Random(0).randbytes(int(seconds * 8000))
+    text = deepgram.answer(f"{seconds} s for nobody", Answer(sound, pieces=(100_000,)))
+    settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
+    async with Server(settings, module=module) as server:
+        async with dial(server.url, start=False) as phone:
+            phone.ws.transport.pause_reading()
+            await phone.start(text=text)
+            await server.logged(f"{phone.call_sid} ended: (spoken|no sound)")
+            phone.drop()
+        async with dial(server.url) as phone:
+            await phone.until_heard(GREETING)
+        server.signal()
+        assert await server.end() == 0
+
+
+# Arbitrary and almost valid messages
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+    max_leaves=8,
+)
+VALID: list[dict[str, Any]] = [
+    {"event": "connected", "protocol": "Call", "version": "1.0.0"},
+    {"event": "start", "start": {"streamSid": "MZ1", "callSid": "CA1", "mediaFormat": MULAW}},
+    {"event": "media", "media": {"track": "inbound", "payload": "//8="}},
+    {"event": "dtmf", "dtmf": {"track": "inbound_track", "digit": "1"}},
+    {"event": "mark", "mark": {"name": "1"}},
+]
+
+
+@st.composite
+def almost_valid(draw: st.DrawFn) -> str:
+    """Return one of Twilio's messages with one thing in it lost, added, changed or broken."""
+    message = json.loads(json.dumps(draw(st.sampled_from(VALID))))
+    inner = message.get(message["event"])
+    place = draw(st.sampled_from([message, inner])) if isinstance(inner, dict) else message
+    key = draw(st.sampled_from(sorted(place)) | st.text())
+    if draw(st.booleans()):
+        place.pop(key, None)
+    else:
+        place[key] = draw(json_values)
+    text = json.dumps(message, ensure_ascii=draw(st.booleans()), separators=(", ", ":"))
+    if draw(st.booleans()):
+        text = text[: draw(st.integers(0, len(text)))]
+    return text.encode(errors="replace").decode()
+
+
+messages = st.lists(
+    st.text() | st.binary() | json_values.map(json.dumps) | almost_valid(), min_size=20, max_size=20
+)
+
+
+@given(before=messages, after=messages)
+@settings(
+    max_examples=250 if os.environ.get("CI") else 25,  # 10 000 messages, or 1000
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+async def test_any_messages(
+    server: Server, before: list[str | bytes], after: list[str | bytes]
+) -> None:
+    """Among arbitrary and almost valid messages, the greeting is sent whole, and marked."""
+    async with dial(server.url, start=False) as phone:
+        for message in before:
+            if "start" not in str(message):  # of which the first, and be it another's, counts
+                await phone.send_raw(message)
+        await phone.start()
+        for message in after:
+            await phone.send_raw(message)
+        await phone.until_mark()
+        assert phone.sent == GREETING
+        await phone.hang_up()
