@@ -71,20 +71,22 @@ def setting(default: T, valid: range | tuple[str, str], about: str) -> T:
 class Settings:
     """Every setting, checked; the names in the environment are the same in capitals."""
 
-    deepgram_api_key: str = setting("", SECRET, "required; console.deepgram.com has it")
-    deepgram_url: str = setting("https://api.deepgram.com", HTTP_URL, "or https://api.eu.…")
+    deepgram_api_key: str = setting("", SECRET, "your key, from console.deepgram.com; required")
+    deepgram_url: str = setting("https://api.deepgram.com", HTTP_URL, "whom to ask for speech")
     deepgram_model: str = setting("aura-asteria-en", ANY, "the voice, unless the TwiML sets one")
-    deepgram_concurrency: int = setting(15, range(1, 1001), "requests at once; Deepgram allows 15")
+    deepgram_concurrency: int = setting(15, range(1, 1001), "requests at once, as your plan allows")
     greeting: str = setting("Hello, how are you today?", ANY, "said unless the TwiML sets a text")
-    close_after_speech: bool = setting(False, YES_OR_NO, "go on with the TwiML after <Connect>")
-    cache_mb: int = setting(16, range(100_001), "how much speech to keep in memory")
-    host: str = setting("localhost", ANY, "address to listen on; 0.0.0.0: all")
-    port: int = setting(5000, range(65536), "port to listen on; 0: any free one")
-    tls_cert: str = setting("", ANY, "PEM file of the certificate chain, to serve TLS")
-    tls_key: str = setting("", ANY, "PEM file of its private key")
-    public_url: str = setting("", WSS_URL, "where Twilio connects to; empty: ask ngrok")
-    twilio_auth_token: str = setting("", SECRET, "lets only Twilio in; console.twilio.com has it")
-    max_calls: int = setting(500, range(1, 100_001), "calls at once; more get a 503")
+    close_after_speech: bool = setting(
+        False, YES_OR_NO, "yes: go on with the TwiML once all is heard"
+    )
+    cache_mb: int = setting(16, range(100_001), "MiB of speech to keep in memory")
+    host: str = setting("localhost", ANY, "address to listen on; 0.0.0.0 for every one")
+    port: int = setting(5000, range(65536), "port to listen on; 0 for any free one")
+    tls_cert: str = setting("", ANY, "PEM file with the certificate chain, to serve TLS")
+    tls_key: str = setting("", ANY, "PEM file with its private key")
+    public_url: str = setting("", WSS_URL, "where Twilio connects to; if empty, ngrok is asked")
+    twilio_auth_token: str = setting("", SECRET, "lets only Twilio in; from console.twilio.com")
+    max_calls: int = setting(500, range(1, 100_001), "calls at once; more are refused")
     drain_seconds: int = setting(30, range(86_401), "how long a stop waits for sentences to end")
     log_level: str = setting("INFO", LEVEL, "DEBUG, INFO, WARNING or ERROR")
 
