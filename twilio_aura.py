@@ -671,6 +671,7 @@ class Aura:
 
         failure = None
         session = self._sessions.pop()
+        trouble = "the connection to Deepgram failed"
         try:
             with session.post(
                 self._url,
@@ -680,6 +681,7 @@ class Aura:
                 allow_redirects=False,
                 stream=True,
             ) as response:
+                trouble = "Deepgram broke off"
                 for chunk in audio_chunks(response):
                     tell(speech.add, chunk)
         except SpeechFailed as error:
@@ -687,16 +689,15 @@ class Aura:
         except Exception as error:  # requests' and urllib3's, many, and whatever else
             cause: BaseException = error
             while inner := cause.__cause__ or cause.__context__:
-                cause = inner  # the innermost says it plainly
-            silent = isinstance(cause, TimeoutError)
-            failure = SpeechFailed(
-                "Deepgram fell silent" if silent else "the connection to Deepgram failed",
-                f"{cause!r}; {THEIRS}",
-            )
+                cause = inner  # the innermost says it plainly, if it is the system's
+            if isinstance(cause, TimeoutError):
+                trouble = "Deepgram fell silent"
+            plain = cause if isinstance(cause, OSError) else type(error).__name__
+            failure = SpeechFailed(trouble, f"{plain}; {THEIRS}")
         self._sessions.append(session)
         if failure:
-            plain = f"{failure}: {failure.advice}".replace(self._settings.deepgram_api_key, "[key]")
-            log.error("%s", plain)
+            line = f"{failure}: {failure.advice}"
+            log.error("%s", line.replace(self._settings.deepgram_api_key, "[key]"))
         tell(speech.end, failure)
 
 
@@ -797,7 +798,7 @@ class Server:
     async def drain(self, hurry: asyncio.Event) -> None:
         """Let no call in, and return when all have ended: soon, once `hurry` is set."""
         self._draining = True
-        log.info("stopping: %d calls are under way; once more ends them at once", len(self._calls))
+        log.info("stopping: %d calls are under way; a second signal ends them", len(self._calls))
         leaving = [asyncio.create_task(call.drain()) for call in self._calls]
         nobody = asyncio.create_task(self._nobody.wait())
         hurried = asyncio.create_task(hurry.wait())
@@ -849,10 +850,11 @@ async def run(settings: Settings) -> int:
             max_size=MAX_MESSAGE_BYTES,
         )
     except OSError as error:
+        _, _, why = str(error).rpartition(": ")
         raise SettingsError(
-            f"HOST={settings.host} with PORT={settings.port} can't be listened on "
-            f"({error.strerror or error}): set PORT to a free one and give ngrok the same (a Mac's "
-            "AirPlay Receiver holds 5000), or HOST to an address of this machine."
+            f"HOST={settings.host} with PORT={settings.port} can't be listened on ({why}): set "
+            "PORT to a free one and give ngrok the same (a Mac's AirPlay Receiver holds 5000), or "
+            "HOST to an address of this machine."
         ) from None
     greeting = asyncio.create_task(server.aura.warm_up())
     await announce(settings, listening.sockets[0].getsockname()[1])

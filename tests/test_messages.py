@@ -1,6 +1,7 @@
 """Whatever comes in over the websocket, the greeting is heard, or the call ends in plain words."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from websockets.exceptions import ConnectionClosed
 
 from tests.deepgram import Answer, Deepgram, noise
 from tests.server import Server, edited
@@ -171,7 +173,8 @@ async def test_large_message(server: Server) -> None:
         await other.until_sound()
         await phone.send_raw("x" * 64 * 1024)
         await phone.voice()
-        await phone.send_raw("x" * 5_000_000)
+        with contextlib.suppress(ConnectionClosed):  # the server need not read all of it
+            await phone.send_raw("x" * 5_000_000)
         assert await phone.until_closed() == 1009
         await other.until_heard(GREETING)
         assert other.heard == GREETING
