@@ -455,7 +455,7 @@ class SpeechFailed(Exception):
         refused: Whether Deepgram would say no again.
     """
 
-    def __init__(self, reason: str, advice: str = "", refused: bool = False) -> None:
+    def __init__(self, reason: str, advice: str = THEIRS, refused: bool = False) -> None:
         super().__init__(reason)
         self.advice = advice
         self.refused = refused
@@ -514,13 +514,13 @@ def audio_chunks(response: requests.Response) -> Iterator[bytes]:
         raise refusal(response)
     content_type = response.headers.get("Content-Type", "no type").split(";")[0].lower()
     if not content_type.startswith(("audio/", "application/octet-stream")):
-        raise SpeechFailed(f"Deepgram sent {content_type[:60]}, not audio", "check DEEPGRAM_URL")
+        raise SpeechFailed(f"Deepgram sent {content_type[:40]}, not audio")
     began, received, head = time.monotonic(), 0, b""
     while chunk := response.raw.read1(2**16, decode_content=True):
         if not received:
             head = chunk = head + chunk
             if head.startswith(b"RIFF"):
-                raise SpeechFailed("Deepgram sent a WAV header", "check DEEPGRAM_URL")
+                raise SpeechFailed("Deepgram sent a WAV header")
             if len(head) < 4:
                 continue
         yield chunk

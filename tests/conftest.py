@@ -4,11 +4,13 @@ A server that lives through so many faults shows at its end that none of them ha
 """
 
 import re
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import trustme
 
 from tests.deepgram import Deepgram
 from tests.server import Server, edited
@@ -68,3 +70,14 @@ async def hasty(
     ) as running:
         yield running
         await lived_well(running)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
+    """Return a PEM file with a key and a certificate for 127.0.0.1, and what trusts it."""
+    authority = trustme.CA()
+    pem = tmp_path_factory.mktemp("tls") / "127.0.0.1.pem"
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(pem)
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    return pem, trust

@@ -118,6 +118,16 @@ def test_outcomes() -> None:
         assert code in row or outcome == "hung up"
 
 
+def test_deployment() -> None:
+    """The time systemd and Docker give a stop is more than DRAIN_SECONDS; the files are here."""
+    drain_seconds = twilio_aura.Settings.drain_seconds
+    stops = re.findall(r"(?:TimeoutStopSec=|--stop-timeout )(\d+)", README)
+    assert len(stops) == 2
+    assert all(int(seconds) > drain_seconds for seconds in stops)
+    for copied in re.findall(r"^COPY (\S+) ", blocks("dockerfile")[0], re.MULTILINE):
+        assert (ROOT / copied).is_file()
+
+
 def test_links() -> None:
     """What is linked to in the repository is there."""
     for target in re.findall(r"\]\(([^):#]+)\)", README):

@@ -8,7 +8,6 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 from twilio.request_validator import RequestValidator
@@ -149,17 +148,10 @@ async def test_max_calls(deepgram: Deepgram) -> None:
         await server.logged("WARNING refused a call: MAX_CALLS=5 are under way")
 
 
-async def test_tls(deepgram: Deepgram, tmp_path: Path) -> None:
+async def test_tls(deepgram: Deepgram, certificate: tuple[Path, ssl.SSLContext]) -> None:
     """With TLS_CERT and TLS_KEY the server speaks TLS itself."""
-    authority = trustme.CA()
-    issued = authority.issue_cert("127.0.0.1")
-    key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
-    issued.private_key_pem.write_to_path(key)
-    for part in issued.cert_chain_pems:
-        part.write_to_path(chain, append=True)
-    trust = ssl.create_default_context()
-    authority.configure_trust(trust)
-    settings = {"DEEPGRAM_URL": deepgram.url, "TLS_CERT": str(chain), "TLS_KEY": str(key)}
+    pem, trust = certificate
+    settings = {"DEEPGRAM_URL": deepgram.url, "TLS_CERT": str(pem), "TLS_KEY": str(pem)}
     async with Server(settings) as server:
         assert server.output.startswith(f"Listening on wss://127.0.0.1:{server.port}/twilio")
         async with dial(server.url, ssl=trust) as phone:
