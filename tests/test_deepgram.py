@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,23 @@ async def test_request(server: Server, deepgram: Deepgram) -> None:
     assert request.headers["authorization"] == f"Token {KEY}"
     assert request.headers["content-type"] == "application/json"
     assert request.headers["accept-encoding"] == "identity"
+
+
+async def test_netrc(deepgram: Deepgram, tmp_path: Path) -> None:
+    """A ~/.netrc with a login for Deepgram's host does not take the key's place."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login other password other\n")
+    settings = {"DEEPGRAM_URL": deepgram.url, "NETRC": str(tmp_path / "netrc")}
+    async with Server(settings) as server, dial(server.url) as phone:
+        await phone.until_heard(noise("Hello, how are you today?"))
+
+
+async def test_proxy() -> None:
+    """A proxy in the environment is used for Deepgram."""
+    async with Deepgram() as proxy:
+        settings = {"DEEPGRAM_URL": "http://deepgram.invalid", "http_proxy": proxy.url}
+        async with Server(settings) as server, dial(server.url) as phone:
+            await phone.until_heard(noise("Hello, how are you today?"))
+    assert proxy.requests[0].target.startswith("http://deepgram.invalid/v1/speak?")
 
 
 # Failures
