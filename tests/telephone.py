@@ -277,7 +277,8 @@ class Telephone:
 
     async def _return_mark(self, name: str) -> None:
         if self._returns_marks:
-            with suppress(ConnectionClosed):
+            # AttributeError is what asyncio raises of one that was lost with much left to write.
+            with suppress(ConnectionClosed, AttributeError):
                 await self.send("mark", mark={"name": name})
                 self.returned.append(name)
 
