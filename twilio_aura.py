@@ -41,8 +41,10 @@ from urllib3.util import Retry
 from websockets.asyncio.server import ServerConnection, broadcast, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
+from websockets.protocol import State
 
 log = logging.getLogger("twilio_aura")
+
 # --- Settings -------------------------------------------------------------------------------------
 
 # What a setting must match, and how that is said. A range is of whole numbers.
@@ -50,7 +52,7 @@ ANY = (r".+", "text")
 SECRET = (r"[!-~]+", "printable ASCII without spaces; copy it again")
 YES_OR_NO = (r"yes|no", "yes or no")
 LEVEL = (r"DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")
-HTTP_URL = (r"https?://[^\s/?#@]+(/[^\s?#]*)?", "a URL such as https://api.deepgram.com")
+HTTP_URL = (r"https?://[\w.-]+(:[0-9]{1,5})?(/[^\s?#]*)?", "a URL such as https://api.deepgram.com")
 WSS_URL = (r"((https|wss)://)?[\w.-]+(:[0-9]+)?(/[\w./~%+-]*)?", "such as wss://example.com/twilio")
 
 T = TypeVar("T", str, int, bool)
@@ -97,7 +99,8 @@ class Settings:
         An empty setting is one that is not set. Raises SettingsError.
         """
         try:
-            given = {**dotenv_values(".env", encoding="utf-8-sig"), **os.environ}
+            given = dotenv_values(".env", encoding="utf-8-sig")
+            given |= {name: text for name, text in os.environ.items() if text.strip()}
         except (OSError, UnicodeError) as error:
             raise SettingsError(f".env cannot be read ({error}): save it as UTF-8.") from None
         values: dict[str, Any] = {}
@@ -220,7 +223,7 @@ class Call:
         try:
             async with asyncio.TaskGroup() as group:
                 pair = [group.create_task(self._receive()), group.create_task(self._send())]
-                code, outcome = await self._over
+                code, outcome = await asyncio.shield(self._over)
                 for task in pair:
                     task.cancel()
             async with asyncio.timeout(CLOSE_SECONDS):
@@ -241,17 +244,17 @@ class Call:
             self._over.set_result((code, outcome))
 
     def _log_end(self) -> None:
-        def ms(at: float) -> str:
-            return f"{max(0.0, at - self._started_at) * 1000:.0f} ms" if at else "-"
-
         code, outcome = self._over.result() if self._over.done() else (1011, "broken off")
-        speech = self._first_speech
+        speech = self._first_speech or Speech()
+        moments = speech.asked_at, speech.first_byte_at, self._first_frame_at
         log.log(
             logging.INFO if code == 1000 else logging.WARNING,
-            f"{self} ended: {outcome}; queued {ms(speech.asked_at if speech else 0)}, "
-            f"first byte {ms(speech.first_byte_at if speech else 0)}, "
-            f"first frame {ms(self._first_frame_at)}; "
-            f"sent {self._sent / BYTES_A_SECOND:.1f} s, heard {self._heard / BYTES_A_SECOND:.1f} s",
+            "%s ended: %s; queued %s, first byte %s, first frame %s; sent %.1f s, heard %.1f s",
+            self,
+            outcome,
+            *(f"{max(0.0, at - self._started_at) * 1000:.0f} ms" if at else "-" for at in moments),
+            self._sent / BYTES_A_SECOND,
+            self._heard / BYTES_A_SECOND,
         )
 
     # The receiver task: what Twilio tells us.
@@ -291,23 +294,22 @@ class Call:
                 log.debug("%s: ignored %.200a", self, message)
 
     def _start(self, start: object) -> None:
-        match start:
-            case {"callSid": str(sid)} if re.fullmatch("[0-9A-Za-z]{1,64}", sid):
+        told = start if isinstance(start, dict) else {}
+        match told.get("callSid"):
+            case str(sid) if re.fullmatch("[0-9A-Za-z]{1,64}", sid):
                 self.sid = sid
-        match start:
-            case {"customParameters": dict(given)}:
+        match told.get("customParameters"):
+            case dict(given):
                 texts = {name: text for name, text in given.items() if isinstance(text, str)}
                 self.parameters = {n: UNSPEAKABLE.sub(" ", text) for n, text in texts.items()}
-        match start:
-            case {"streamSid": str(_), "mediaFormat": given} if not (
-                isinstance(given, dict) and given.items() >= MULAW.items()
-            ):
-                self.end(1008, "the stream is not 8 kHz mulaw")
-            case {"streamSid": str(sid)} if sid:
+        match told.get("streamSid"), told.get("mediaFormat", MULAW):
+            case str(sid), dict(given) if sid and given.items() >= MULAW.items():
                 self._stream_sid = sid
                 self._started_at = self._now()
                 self._started.set()
                 log.info("%s started", self)
+            case str(sid), _ if sid:
+                self.end(1008, "the stream is not 8 kHz mulaw")
             case _:
                 self.end(1008, "start without a stream SID")
 
@@ -330,15 +332,15 @@ class Call:
             async with contextlib.aclosing(script(self)) as texts:
                 async for text in texts:
                     await self._say(text)
-                    self._floor.release()  # a drain that waits for it takes it now
+                    self._floor.release()
+                    await asyncio.sleep(0)  # a drain that waits for the floor takes it now
                     await self._floor.acquire()
         except SpeechFailed as failure:
             self.end(1011, str(failure))
-        except ConnectionClosed:
-            pass  # the receiver says how
-        except Exception:
-            log.exception("%s: the script failed", self)
-            self.end(1011, "the script failed")
+        except (Exception, asyncio.CancelledError):
+            if self._ws.state is State.OPEN and not self._over.done():  # else the receiver says why
+                log.exception("%s: the script failed", self)
+                self.end(1011, "the script failed")
         else:
             if self.settings.close_after_speech:
                 self.end(1000, "spoken")
@@ -418,7 +420,7 @@ def clear(stream_sid: str) -> str:
 
 CONNECT_SECONDS = 3.0  # room for one lost packet, and for two more tries before SILENCE_SECONDS
 READ_SECONDS = 5.0  # without a byte; Deepgram's first usually comes after 0.2 to 0.4 s
-RETRY_AFTER_SECONDS = 3  # is as much as a caller can wait for
+RETRY_AFTER_SECONDS = 3.0  # is as much as a caller can wait for
 MOST_SECONDS = 600  # of audio; 2000 characters take two or three minutes
 
 # At most 2000 characters (more is a 413): all there is, or else up to the last end of a sentence,
@@ -516,8 +518,10 @@ def audio_chunks(response: requests.Response) -> Iterator[bytes]:
     content_type = response.headers.get("Content-Type", "no type").split(";")[0].lower()
     if not content_type.startswith(("audio/", "application/octet-stream")):
         raise SpeechFailed(f"Deepgram sent {content_type[:40]}, not audio")
+    if (coding := response.headers.get("Content-Encoding", "identity")) != "identity":
+        raise SpeechFailed(f"Deepgram sent {coding[:40]}, not plain audio")
     began, received, head = time.monotonic(), 0, b""
-    while chunk := response.raw.read1(2**16, decode_content=True):
+    while chunk := response.raw.read1(2**16):
         if not received:
             head = chunk = head + chunk
             if head.startswith(b"RIFF"):
@@ -547,11 +551,12 @@ def refusal(response: requests.Response) -> SpeechFailed:
     if not isinstance(told, dict):
         told = {"message": headers.get("dg-error") or body.decode(errors="replace")}
     keys = ("err_code", "err_msg", "category", "message", "details")
-    words = ": ".join(str(told[key]) for key in keys if told.get(key))
+    words = ": ".join(str(told[key]) for key in keys if told.get(key))[:300]
     request_id = told.get("request_id") or headers.get("dg-request-id") or "unknown"
+    line = f"{words} (request {request_id}); {ADVICE.get(status, THEIRS)}"
     return SpeechFailed(
         f"Deepgram answered {status}",
-        f"{' '.join(words.split())[:300]} (request {request_id}); {ADVICE.get(status, THEIRS)}",
+        " ".join("".join(c if c.isprintable() else " " for c in line).split()),
         refused=400 <= status < 500 and status not in (408, 429),
     )
 
@@ -566,9 +571,9 @@ class Retries(Retry):
         return max(super().get_backoff_time(), 0.25 if self.history[-1].status else 0.0)
 
     def parse_retry_after(self, retry_after: str) -> float:
-        """Return seconds, 0 for what is neither a number nor a date."""
+        """Return seconds, not too many, 0 for what is neither a number nor a date."""
         try:
-            return super().parse_retry_after(retry_after)
+            return min(super().parse_retry_after(retry_after), RETRY_AFTER_SECONDS)
         except InvalidHeader:
             return 0.0
 
@@ -610,18 +615,21 @@ class Aura:
             status_forcelist={429, *range(500, 600)},
             raise_on_status=False,
             backoff_factor=0.25,
-            retry_after_max=RETRY_AFTER_SECONDS,
         )
         session.mount(self._url, HTTPAdapter(1, 1, max_retries=retries))
         return session
 
-    async def warm_up(self) -> SpeechFailed | None:
-        """Fetch the greeting, and return why that failed if it did."""
+    async def warm_up(self) -> bool:
+        """Fetch the greeting; return whether Deepgram refused it for good."""
         for speech in self.speeches(self._settings.greeting, self._settings.deepgram_model):
             await speech.ended.wait()
+            if speech.failure and speech.failure.refused:
+                log.critical("no call could be answered: not serving")
+                return True
             if speech.failure:
-                return speech.failure
-        return None
+                log.warning("serving all the same: the next call tries again")
+                break
+        return False
 
     def speeches(self, text: str, model: str) -> Iterator[Speech]:
         """Yield the speech of each piece of `text`, the next one being fetched meanwhile."""
@@ -649,12 +657,17 @@ class Aura:
         return speech
 
     async def _fetch(self, key: tuple[str, str], speech: Speech) -> None:
+        # Not from a pool, whose threads would hold up the server's exit.
+        thread = threading.Thread(target=self._download, args=(speech, *key), daemon=True)
         async with self._slots:
             if speech.wanted:  # else all who did have hung up, and it need not be paid for
                 speech.asked_at = self._loop.time()
-                # Once begun it runs to its end: it is billed, and keeps the connection warm. Not
-                # from a pool, whose threads would hold up the server's exit.
-                threading.Thread(target=self._download, args=(speech, *key), daemon=True).start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the machine has no more
+                    log.error("Deepgram was not asked: %s; lower DEEPGRAM_CONCURRENCY", error)
+                    speech.end(SpeechFailed("Deepgram was not asked"))
+                # Once begun it runs to its end: it is billed, and keeps the connection warm.
                 await speech.ended.wait()
         del self._coming[key]
         if speech.ended.is_set() and not speech.failure:
@@ -727,14 +740,17 @@ def signed_by_twilio(auth_token: str, url: str, signature: str) -> bool:
 
     The TwiML may have the URL with or without a trailing slash and :443; we can't know which.
     """
-    match = re.fullmatch(r"wss://(.*?)(?::443)?(/.*?)/?", url)
-    host, path = match.groups() if match else ("", "")
-    valid = False
-    for port, slash in itertools.product(("", ":443"), ("", "/")):
-        signed = f"wss://{host}{port}{path}{slash}".encode()
-        digest = base64.b64encode(hmac.digest(auth_token.encode(), signed, "sha1"))
-        valid |= hmac.compare_digest(digest, signature.encode())
-    return valid
+    host, _, path = url.removeprefix("wss://").strip("/").partition("/")
+    host = host.removesuffix(":443")
+
+    def signed(end: str, port: str) -> bytes:
+        url = f"wss://{host}{port}/{path}{end}".encode()
+        return base64.b64encode(hmac.digest(auth_token.encode(), url, "sha1"))
+
+    return any(
+        hmac.compare_digest(signed(end, port), signature.encode())
+        for end, port in itertools.product(("", "/"), ("", ":443"))
+    )
 
 
 class Server:
@@ -797,29 +813,28 @@ class Server:
             if not self._calls:
                 self._nobody.set()
 
-    async def drain(self, hurry: asyncio.Event) -> None:
-        """Let no call in, and return when all have ended: soon, once `hurry` is set."""
+    async def drain(self) -> None:
+        """Let no call in, and return when all have ended."""
         self._draining = True
         log.info("stopping: %d calls are under way; a second signal ends them", len(self._calls))
         leaving = [asyncio.create_task(call.drain()) for call in self._calls]
-        nobody = asyncio.create_task(self._nobody.wait())
-        hurried = asyncio.create_task(hurry.wait())
-        await asyncio.wait(
-            {nobody, hurried},
-            timeout=self._settings.drain_seconds,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
+        asyncio.get_running_loop().call_later(self._settings.drain_seconds, self.cut_off)
+        await self._nobody.wait()
+        for task in leaving:
+            task.cancel()
+
+    def cut_off(self) -> None:
+        """End every call at once."""
         for call in self._calls:
             call.end(1001, "cut off, the server stops")
-        await nobody
-        for task in (hurried, *leaving):
-            task.cancel()
+        # Whatever a script still does: it may swallow its cancellation.
+        asyncio.get_running_loop().call_later(2 * CLOSE_SECONDS, self._nobody.set)
 
 
 def ngrok_address(port: int) -> str:
     """Return where an ngrok agent on this machine publishes `port`, or '' if none does."""
     try:
-        tunnels = requests.get(NGROK_URL, timeout=1).json()["tunnels"]
+        tunnels = requests.get(NGROK_URL, timeout=1, proxies={"http": ""}).json()["tunnels"]
         addresses = {tunnel["config"]["addr"]: tunnel["public_url"] for tunnel in tunnels}
     except (requests.RequestException, ValueError, LookupError, TypeError):
         return ""
@@ -830,16 +845,23 @@ def ngrok_address(port: int) -> str:
 async def run(settings: Settings) -> int:
     """Serve until a signal, and return the exit status; raise SettingsError if that can't be."""
     loop = asyncio.get_running_loop()
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    server = Server(settings)
+    stop: asyncio.Future[int] = loop.create_future()  # with the exit status
 
-    def stop_or_hurry() -> None:
-        (hurry if stop.is_set() else stop).set()
+    def on_signal() -> None:
+        if stop.done():
+            server.cut_off()
+        else:
+            stop.set_result(0)
+
+    async def warm_up() -> None:
+        if await server.aura.warm_up() and not stop.done():
+            stop.set_result(1)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         # Not loop.add_signal_handler, which Windows lacks.
-        signal.signal(signum, lambda *_: loop.call_soon_threadsafe(stop_or_hurry))
+        signal.signal(signum, lambda *_: loop.call_soon_threadsafe(on_signal))
 
-    server = Server(settings)
     try:
         listening = await serve(
             server.serve_call,
@@ -851,28 +873,20 @@ async def run(settings: Settings) -> int:
             close_timeout=CLOSE_SECONDS,
             max_size=MAX_MESSAGE_BYTES,
         )
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: HOST can't be a host's name
         _, _, why = str(error).rpartition(": ")
         raise SettingsError(
             f"HOST={settings.host} with PORT={settings.port} can't be listened on ({why}): set "
             "PORT to a free one and give ngrok the same (a Mac's AirPlay Receiver holds 5000), or "
             "HOST to an address of this machine."
         ) from None
-    greeting = asyncio.create_task(server.aura.warm_up())
+    greeting = asyncio.create_task(warm_up())
     await announce(settings, listening.sockets[0].getsockname()[1])
-
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait({greeting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    failure = greeting.result() if greeting.done() else None
-    if failure and failure.refused:
-        log.critical("no call could be answered: not serving")
-    else:
-        if failure:
-            log.warning("serving all the same: the next call tries again")
-        await stopped
+    status = await stop
+    greeting.cancel()
     listening.close(close_connections=False)
-    await server.drain(hurry)
-    return 1 if failure and failure.refused else 0
+    await server.drain()
+    return status
 
 
 async def announce(settings: Settings, port: int) -> None:
