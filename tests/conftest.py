@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 import trustme
 
-from tests.deepgram import Deepgram
+from tests.deepgram import KEY, Deepgram
 from tests.server import Server, edited
 
 
@@ -27,6 +27,7 @@ async def lived_well(server: Server) -> None:
     """Stop `server`, and check that its log has one end a call, and no traceback."""
     server.signal()
     assert await server.end() == 0
+    assert KEY not in server.log
     assert "Traceback" not in server.log
     assert "never retrieved" not in server.log
     calls = re.findall(r"INFO (call \w+) started\n", server.log)
@@ -63,6 +64,7 @@ async def hasty(
         MARK_SECONDS=0.3,
         READ_SECONDS=0.5,
         CONNECT_SECONDS=0.3,
+        MOST_SECONDS=10,
     )
     async with Server(
         {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes", "GREETING": "Hello in haste"},

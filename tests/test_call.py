@@ -1,6 +1,7 @@
 """A call from its start to its end, as the caller, the script and the log see it."""
 
 import asyncio
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ async def test_awkward_parameters(server: Server, deepgram: Deepgram) -> None:
     async with dial(server.url, parameters={"text": text, "event": "media", "payload": "x"}) as p:
         await hears(p, noise("a b c"))
     assert deepgram.asked("a b c")
+
+
+async def test_text_is_not_logged(server: Server) -> None:
+    """What is said to a caller is nobody else's business: the log does not have it."""
+    async with dial(server.url, parameters={"text": "Between you and me."}) as phone:
+        await hears(phone, noise("Between you and me."))
+        await phone.hang_up()
+    await ended(server, phone)
+    assert "Between you and me" not in server.log
 
 
 async def test_caller_is_not_listened_to(server: Server) -> None:
@@ -131,13 +141,69 @@ async def test_close_after_speech(closing: Server) -> None:
     assert "ended: spoken;" in await ended(closing, phone)
 
 
-async def test_mark_never_returns(hasty: Server) -> None:
+async def test_mark_never_returns(deepgram: Deepgram, tmp_path: Path) -> None:
     """A mark that never returns is not waited for longer than the audio and a little more."""
-    async with dial(hasty.url, returns_marks=False, speed=1) as phone:
+    module = edited(tmp_path, MARK_SECONDS=0.3, SILENCE_SECONDS=1000)
+    settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
+    async with (
+        Server(settings, module=module) as server,
+        dial(server.url, returns_marks=False, speed=1) as phone,
+    ):
         assert await phone.until_closed() == 1000
-        assert phone.heard == phone.sent == noise("Hello in haste")
+        assert phone.heard == phone.sent == noise(GREETING)
         mark_at, closed_at = phone.times[-1], asyncio.get_running_loop().time()
         assert closed_at - mark_at >= 0.3
+
+
+async def test_gap(deepgram: Deepgram, tmp_path: Path) -> None:
+    """Speech with a gap in it, and longer than a silence may be, is heard to its end."""
+    module = edited(tmp_path, MARK_SECONDS=0.8, SILENCE_SECONDS=2)
+    go = asyncio.Event()
+    sound = noise("gap") * 4
+    text = deepgram.answer("a gap", Answer(sound[:12_000], pieces=(8000, 4000), hold=go))
+    settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
+    async with (
+        Server(settings, module=module) as server,
+        dial(server.url, parameters={"text": text}, speed=1) as phone,
+    ):
+        await phone.until_sound()
+        await asyncio.sleep(2.2)  # after 1 s of sound
+        go.set()
+        assert await phone.until_closed() == 1000
+        assert phone.heard == sound[:12_000]
+
+
+async def test_not_too_far_ahead(deepgram: Deepgram, tmp_path: Path) -> None:
+    """Twilio is not sent more ahead of what plays than it would keep."""
+    sound = noise("far") * 12
+    text = deepgram.answer("far ahead", Answer(sound[:32_000], pieces=(32_000,)))
+    module = edited(tmp_path, AHEAD_SECONDS=0.5)
+    async with (
+        Server({"DEEPGRAM_URL": deepgram.url}, module=module) as server,
+        dial(server.url, parameters={"text": text}) as phone,
+    ):
+        await hears(phone, sound[:32_000])
+        sent_seconds = 0.0
+        for frame, at in zip(phone.frames, phone.times, strict=False):  # without the mark
+            sent_seconds += frame / 8000
+            assert sent_seconds - (at - phone.times[0]) <= 3  # AHEAD_SECONDS, a message of 2 s
+
+
+async def test_too_long_in_the_queue(deepgram: Deepgram, tmp_path: Path) -> None:
+    """Who would wait in silence for too long hears the <Say>, whatever is to blame."""
+    go = asyncio.Event()
+    greeting = deepgram.answer("takes its time", Answer(hold=go))
+    settings = {"DEEPGRAM_CONCURRENCY": "1", "GREETING": greeting}
+    async with Server(
+        {"DEEPGRAM_URL": deepgram.url, **settings}, module=edited(tmp_path, SILENCE_SECONDS=1)
+    ) as server:
+        await deepgram.until_asked(greeting)
+        async with dial(server.url, parameters={"text": "never begun"}) as phone:
+            assert await phone.until_closed() == 1011
+            assert phone.events == []
+        assert "no sound for 1 s" in await ended(server, phone)
+    go.set()
+    assert not deepgram.asked("never begun")
 
 
 # Keys
@@ -156,6 +222,19 @@ async def test_key_while_sending(closing: Server, deepgram: Deepgram) -> None:
     go.set()
     async with dial(closing.url, parameters={"text": text}) as phone:
         await phone.until_heard(noise(text))
+    assert len(deepgram.asked(text)) == 1
+
+
+async def test_key_amid_much_to_send(closing: Server, deepgram: Deepgram) -> None:
+    """However much is ready to be sent, the clear comes last: what came after it would be heard."""
+    text = deepgram.answer("much to send", Answer(noise("much to send") * 480, pieces=(100_000,)))
+    async with dial(closing.url, parameters={"text": text}) as phone:
+        assert await phone.until_closed() == 1000
+    async with dial(closing.url, parameters={"text": text}, speed=1) as phone:
+        await phone.until_sound()
+        await phone.press("5")
+        assert await phone.until_closed() == 1000
+        assert phone.events[-1] == ("clear", "")
     assert len(deepgram.asked(text)) == 1
 
 
@@ -219,6 +298,35 @@ async def test_menu(deepgram: Deepgram, tmp_path: Path) -> None:
         texts = ["Press a key.", "You pressed 7.", "You pressed 8.", "Too slow.", "Bye."]
         assert phone.sent == b"".join(map(noise, texts))
         assert len(phone.named("clear")) == 5
+
+
+COUNT = """
+async def script(call: Call) -> AsyncGenerator[str, None]:
+    yield "Press keys."
+    keys = 0
+    with contextlib.suppress(TimeoutError):
+        while True:
+            async with asyncio.timeout(0.01):
+                await call.digit()
+            keys += 1
+    yield f"You pressed {keys} keys."
+"""
+
+
+async def test_keys_do_not_pile_up(deepgram: Deepgram, tmp_path: Path) -> None:
+    """Of the keys that no one waits for, the first hundred are remembered."""
+    go = asyncio.Event()
+    deepgram.answer("Press keys.", Answer(pieces=(1, 5000), hold=go))
+    async with (
+        Server({"DEEPGRAM_URL": deepgram.url}, module=edited(tmp_path, COUNT)) as server,
+        dial(server.url) as phone,
+    ):
+        for _ in range(150):
+            await phone.press("1")
+        await phone.send("unknown")
+        await server.logged(f"{phone.call_sid}: ignored")  # so the keys before it have come
+        go.set()
+        await hears(phone, noise("Press keys.") + noise("You pressed 100 keys."))
 
 
 async def test_broken_script(deepgram: Deepgram, tmp_path: Path) -> None:
@@ -335,3 +443,46 @@ async def test_queue(deepgram: Deepgram) -> None:
             await three.hang_up()
             assert not re.search(r"queued 0 ms", await ended(server, three))
     assert not deepgram.asked("second, gone")
+
+
+async def test_first_come_first_served(deepgram: Deepgram) -> None:
+    """Texts that wait for their turn are asked for in the order in which they were wanted."""
+    go = asyncio.Event()
+    greeting = deepgram.answer("in front of the queue", Answer(hold=go))
+    texts = [f"number {number} in the queue" for number in range(4)]
+    settings = {"DEEPGRAM_CONCURRENCY": "1", "GREETING": greeting}
+    async with (
+        Server({"DEEPGRAM_URL": deepgram.url, **settings}) as server,
+        contextlib.AsyncExitStack() as calls,
+    ):
+        await deepgram.until_asked(greeting)
+        phones: list[Telephone] = []
+        for text in texts:
+            call = dial(server.url, parameters={"text": text})
+            phones.append(await calls.enter_async_context(call))
+            await server.logged(f"{phones[-1].call_sid} started")
+        go.set()
+        for phone, text in zip(phones, texts, strict=True):
+            await hears(phone, noise(text))
+    assert [request.text for request in deepgram.requests if request.text in texts] == texts
+
+
+async def test_queued_together(deepgram: Deepgram) -> None:
+    """Who waits for the same text as another hears it, though that other has hung up."""
+    go = asyncio.Event()
+    greeting = deepgram.answer("in front of the two", Answer(hold=go))
+    settings = {"DEEPGRAM_CONCURRENCY": "1", "GREETING": greeting}
+    wanted = {"text": "wanted by two"}
+    async with (
+        Server({"DEEPGRAM_URL": deepgram.url, **settings}) as server,
+        dial(server.url, parameters=wanted) as one,
+        dial(server.url, parameters=wanted) as two,
+    ):
+        await deepgram.until_asked(greeting)
+        await server.logged(f"{one.call_sid} started")
+        await server.logged(f"{two.call_sid} started")
+        await one.hang_up()
+        await ended(server, one)
+        go.set()
+        await hears(two, noise("wanted by two"))
+    assert len(deepgram.asked("wanted by two")) == 1

@@ -13,6 +13,7 @@ import pytest
 from tests.deepgram import KEY, Answer, Deepgram, noise
 from tests.server import Server
 from tests.telephone import Telephone, dial
+from twilio_aura import pieces
 
 SAID = f"No, {KEY}!"
 SHAPES = {  # of an error: its body and headers, by the request id that is in them
@@ -33,6 +34,7 @@ ADVICE = {
     429: "lower DEEPGRAM_CONCURRENCY",
     500: "status.deepgram.com",
     503: "status.deepgram.com",
+    529: "status.deepgram.com",
     504: "status.deepgram.com",
     302: "check DEEPGRAM_URL",
 }
@@ -136,6 +138,17 @@ async def test_too_long_is_not_retried(hasty: Server, deepgram: Deepgram) -> Non
     assert len(deepgram.asked(text)) == 1
 
 
+async def test_redirect_is_not_followed(hasty: Server, deepgram: Deepgram) -> None:
+    """Text and key go to DEEPGRAM_URL and not to where an answer points."""
+    there = {"Location": f"{deepgram.url}/v1/speak?model=elsewhere"}
+    moved = Answer(status=307, body=b"moved", headers=there, framing="length")
+    text = deepgram.answer("redirected", moved, Answer())
+    async with dial(hasty.url, parameters={"text": text}) as phone:
+        await closed(phone)
+        assert phone.events == []
+    assert len(deepgram.asked(text)) == 1
+
+
 @pytest.mark.parametrize("then", ["cut", "reset"])
 @pytest.mark.parametrize("after", [-1, 0])
 async def test_broken_connection(hasty: Server, deepgram: Deepgram, then: str, after: int) -> None:
@@ -167,6 +180,16 @@ async def test_breaks_off(hasty: Server, deepgram: Deepgram, framing: str, then:
         await phone.until_heard(noise(text))  # what was not complete has not been kept
 
 
+async def test_piece_breaks_off(hasty: Server, deepgram: Deepgram) -> None:
+    """Of a long text nothing is said after the piece that failed."""
+    first, second = pieces("The first piece. " * 110 + "The second piece. " * 110)
+    deepgram.answer(first, Answer(stop_after=2500))
+    async with dial(hasty.url, parameters={"text": f"{first} {second}"}) as phone:
+        await closed(phone)
+        assert phone.heard == phone.sent == noise(first)[:2500]
+    assert "Deepgram broke off" in await hasty.logged(f"{phone.call_sid} ended")
+
+
 @pytest.mark.parametrize("after", [-1, 0])
 async def test_silence(hasty: Server, deepgram: Deepgram, after: int) -> None:
     """Deepgram accepting the request and saying nothing fails in time, and is asked once."""
@@ -184,6 +207,15 @@ async def test_trickle(hasty: Server, deepgram: Deepgram) -> None:
         await closed(phone)
     await hasty.logged("Deepgram sends more slowly than one speaks")
     assert "more slowly" in await hasty.logged(f"{phone.call_sid} ended")
+
+
+async def test_without_end(hasty: Server, deepgram: Deepgram) -> None:
+    """Sound without end ends all the same, before it fills the memory."""
+    text = deepgram.answer("endless", Answer(noise("endless") * 100, pieces=(10_000,)))
+    async with dial(hasty.url, parameters={"text": text}) as phone:
+        await closed(phone)
+        assert 80_000 <= len(phone.sent) <= 80_000 + 2**16
+    assert "sends without end" in await hasty.logged(f"{phone.call_sid} ended")
 
 
 @pytest.mark.parametrize(
@@ -229,6 +261,8 @@ async def test_unreachable(nowhere: str) -> None:
         assert await server.logged("WARNING serving all the same")
         async with dial(server.url) as phone:
             await closed(phone)
+            # The third try comes half a second after the second.
+            assert asyncio.get_running_loop().time() - phone.started_at >= 0.4
         assert await server.logged(f"{phone.call_sid} ended: the connection to Deepgram failed")
 
 
@@ -337,28 +371,32 @@ async def test_keep_nothing(deepgram: Deepgram) -> None:
     assert len(deepgram.asked(text)) == 2
 
 
-async def test_warm_connection(deepgram: Deepgram) -> None:
+async def test_warm_connection() -> None:
     """One connection serves call after call; closed by Deepgram meanwhile, it costs no failure."""
-    async with Server({"DEEPGRAM_URL": deepgram.url}) as server:
-        await deepgram.until_asked("Hello, how are you today?")
-        before = deepgram.connections
+    async with Deepgram() as deepgram, Server({"DEEPGRAM_URL": deepgram.url}) as server:
+        async with dial(server.url) as phone:  # so the greeting has been fetched
+            await phone.until_heard(noise("Hello, how are you today?"))
         for number in range(5):
             text = f"warm {number}"
             async with dial(server.url, parameters={"text": text}) as phone:
                 await phone.until_heard(noise(text))
-        assert deepgram.connections == before
+        assert deepgram.connections == 1
         deepgram.drop_connections()
         async with dial(server.url, parameters={"text": "stale"}) as phone:
             await phone.until_heard(noise("stale"))
-        assert deepgram.connections == before + 1
+        assert deepgram.connections == 2
 
 
 async def test_connection_closed_at_the_moment_of_use(server: Server, deepgram: Deepgram) -> None:
     """A kept-alive connection that Deepgram closes as it is used costs no failure."""
+    before = len(server.log)
     text = deepgram.answer("stale at once", Answer(stop_after=-1), Answer())
     async with dial(server.url, parameters={"text": text}) as phone:
         await phone.until_heard(noise(text))
+        await phone.hang_up()
     assert len(deepgram.asked(text)) == 2
+    await server.logged(f"{phone.call_sid} ended")
+    assert " WARNING " not in server.log[before:]
 
 
 # The greeting at the start
@@ -386,6 +424,16 @@ async def test_wrong_key(deepgram: Deepgram) -> None:
         assert "Traceback" not in server.log
 
 
+async def test_busy_at_the_start(deepgram: Deepgram) -> None:
+    """Deepgram having too much to do is no reason not to serve: the next call is answered."""
+    busy = Answer(status=429, body=b"busy", framing="length")
+    greeting = deepgram.answer("busy at the start", busy, busy, busy, Answer())
+    async with Server({"DEEPGRAM_URL": deepgram.url, "GREETING": greeting}) as server:
+        await server.logged("WARNING serving all the same")
+        async with dial(server.url) as phone:
+            await phone.until_heard(noise(greeting))
+
+
 async def test_slow_greeting_delays_nothing(deepgram: Deepgram) -> None:
     """While the greeting is still being fetched, calls with another text are served."""
     greeting = deepgram.answer("never comes", Answer(stop_after=-1, then="stall"))
@@ -393,4 +441,5 @@ async def test_slow_greeting_delays_nothing(deepgram: Deepgram) -> None:
         async with dial(server.url, parameters={"text": "meanwhile"}) as phone:
             await phone.until_heard(noise("meanwhile"))
         server.signal()
-        assert await server.end() == 0  # nor does it delay the end
+        assert await server.end() == 0
+        assert "Deepgram fell silent" not in server.log  # so neither call nor end waited for it
