@@ -740,7 +740,7 @@ def signed_by_twilio(auth_token: str, url: str, signature: str) -> bool:
 
     The TwiML may have the URL with or without a trailing slash and :443; we can't know which.
     """
-    host, _, path = url.removeprefix("wss://").strip("/").partition("/")
+    host, _, path = url.removeprefix("wss://").rstrip("/").partition("/")
     host = host.removesuffix(":443")
 
     def signed(end: str, port: str) -> bytes:
@@ -751,6 +751,15 @@ def signed_by_twilio(auth_token: str, url: str, signature: str) -> bool:
         hmac.compare_digest(signed(end, port), signature.encode())
         for end, port in itertools.product(("", "/"), ("", ":443"))
     )
+
+
+class Connection(ServerConnection):
+    """A connection that can be closed however it was lost."""
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close it; quietly, if it was lost while its last data was sent."""
+        with contextlib.suppress(AttributeError):  # of abort(), which asyncio then can't do
+            await super().close(code, reason)
 
 
 class Server:
@@ -869,6 +878,7 @@ async def run(settings: Settings) -> int:
             settings.port,
             ssl=settings.tls(),
             process_request=server.admit,
+            create_connection=Connection,
             compression=None,
             close_timeout=CLOSE_SECONDS,
             max_size=MAX_MESSAGE_BYTES,

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
+from websockets.protocol import State
 
 BYTES_A_SECOND = 8000
 MULAW = {"encoding": "audio/x-mulaw", "sampleRate": 8000, "channels": 1}
@@ -83,7 +84,8 @@ class Telephone:
         self._listener.cancel()
         self._player.cancel()
         await self._group.__aexit__(None, None, None)
-        await self.ws.close()
+        if self.ws.state is not State.CLOSED:
+            await self.ws.close()
         if self._violation and exc[0] is None:
             raise self._violation
 
@@ -276,9 +278,8 @@ class Telephone:
                 await self._return_mark(what)
 
     async def _return_mark(self, name: str) -> None:
-        if self._returns_marks:
-            # AttributeError is what asyncio raises of one that was lost with much left to write.
-            with suppress(ConnectionClosed, AttributeError):
+        if self._returns_marks and self.ws.state is State.OPEN:
+            with suppress(ConnectionClosed):
                 await self.send("mark", mark={"name": name})
                 self.returned.append(name)
 

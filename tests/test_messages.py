@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests import callers
 from tests.deepgram import Answer, Deepgram, noise
 from tests.server import Server, edited
 from tests.telephone import MULAW, dial
@@ -209,6 +211,35 @@ async def test_peer_that_reads_nothing(deepgram: Deepgram, tmp_path: Path, secon
             await phone.until_heard(GREETING)
         server.signal()
         assert await server.end() == 0
+
+
+async def test_hang_up_amid_much(deepgram: Deepgram) -> None:
+    """A hang-up is quiet also when the other side first reads all that was still to be sent."""
+    sound = random.Random(1).randbytes(2_300_000)  # more than the network's buffers take
+    text = deepgram.answer("much", Answer(sound, pieces=(100_000,)))
+    loop = asyncio.get_running_loop()
+
+    async def call(server: Server, close: bytes) -> None:
+        with socket.socket() as line:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            line.setblocking(False)
+            await loop.sock_connect(line, ("127.0.0.1", server.port))
+            await loop.sock_sendall(line, callers.HANDSHAKE)
+            assert b" 101 " in await loop.sock_recv(line, 4096)
+            await loop.sock_sendall(line, callers.CONNECTED + callers.start(text))
+            await asyncio.sleep(1)  # until nothing more fits in
+            await loop.sock_sendall(line, close)
+            line.shutdown(socket.SHUT_WR)
+            while await loop.sock_recv(line, 65536):
+                pass
+
+    async with Server({"DEEPGRAM_URL": deepgram.url}, flags=()) as server:
+        endings = (callers.CLOSE, callers.STOP + callers.CLOSE, b"") * 5
+        await asyncio.gather(*(call(server, close) for close in endings))
+        server.signal()
+        assert await server.end() == 0
+        assert server.log.count("ended: hung up") == len(endings)
+        assert "ERROR" not in server.log
 
 
 # Arbitrary and almost valid messages

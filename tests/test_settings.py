@@ -48,6 +48,8 @@ async def refused(pattern: str, settings: Mapping[str, str | None], cwd: Path | 
         ({"TLS_CERT": "missing.pem"}, "TLS_CERT='missing.pem' and TLS_KEY='' cannot be used"),
         ({"TLS_KEY": "missing.pem"}, "TLS_CERT='' and TLS_KEY='missing.pem' cannot be used"),
         ({"TLS_CERT": __file__, "TLS_KEY": __file__}, "TLS_CERT='.*' and TLS_KEY='.*' cannot "),
+        ({"DEEPGRAM_URL": "http://[oops"}, "DEEPGRAM_URL must be a URL such as https://"),
+        ({"HOST": "a..b"}, "HOST=a..b with PORT=0 can't be listened on "),
         ({"HOST": "host.invalid"}, "HOST=host.invalid with PORT=0 can't be listened on "),
         ({"TWILIO_AUTH_TOKEN": "a b"}, "TWILIO_AUTH_TOKEN must be printable ASCII"),
     ],
