@@ -210,7 +210,10 @@ class Call:
         return f"call {self.sid}" if self.sid else f"connection from {self._ws.remote_address}"
 
     async def digit(self) -> str:
-        """Return the next key pressed, also one pressed while something was being said."""
+        """Return the next key pressed, also one pressed while something was being said.
+
+        Only for the script itself, and not twice at once.
+        """
         self._floor.release()
         try:
             return await self._digits.get()

@@ -60,7 +60,7 @@ async def hasty(
     module = edited(
         Path(tmp_path_factory.mktemp("hasty")),
         START_SECONDS=1.0,
-        SILENCE_SECONDS=0.9,
+        SILENCE_SECONDS=2.0,
         MARK_SECONDS=0.3,
         READ_SECONDS=0.5,
         CONNECT_SECONDS=0.3,
