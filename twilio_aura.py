@@ -353,8 +353,7 @@ class Call:
         """Return when the caller has heard `text` or interrupted it; raise SpeechFailed."""
         sent = 0  # bytes
         playing_until = 0.0
-        name = ""
-        heard = asyncio.Event()
+        heard: asyncio.Event | None = None  # set when the mark returns
         failure: SpeechFailed | None = None
         model = self.parameters.get("model") or self.settings.deepgram_model
         try:
@@ -378,7 +377,7 @@ class Call:
                         break
                 if sent:
                     name = str(next(self._mark_numbers))
-                    self._marks[name] = heard
+                    heard = self._marks[name] = asyncio.Event()
                     await self._ws.send(mark(self._stream_sid, name))
                     if self._interruptible:
                         deadline.reschedule(playing_until + MARK_SECONDS)
@@ -387,12 +386,12 @@ class Call:
             if sent and not self._interruptible:
                 broadcast([self._ws], clear(self._stream_sid))  # waits for no full buffer
                 return
-            if not name:
+            if not heard:
                 failure = SpeechFailed(f"no sound for {SILENCE_SECONDS:.0f} s")
         finally:
             del deadline  # knows the task, whose exception knows this frame: a cycle around speech
             self._interruptible = None
-            unheard = 0 if heard.is_set() else max(0.0, playing_until - self._now())
+            unheard = 0 if heard and heard.is_set() else max(0.0, playing_until - self._now())
             self._sent += sent
             self._heard += sent - int(unheard * BYTES_A_SECOND)
         if failure:
