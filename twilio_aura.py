@@ -264,13 +264,13 @@ class Call:
 
     async def _receive(self) -> None:
         try:
-            async for message in self._ws:
+            while True:
+                message = await self._ws.recv()
                 # The caller's voice, 50 messages a second, is not listened to, hence not parsed.
                 # Once `start` has come with its free parameters, nothing else has a payload.
                 if self._stream_sid and isinstance(message, str) and '"payload"' in message:
                     continue
                 self._handle(message)
-            self.end(1000, "hung up")
         except ConnectionClosed as closed:
             ours = closed.sent is not None and not closed.rcvd_then_sent
             self.end(1000, f"connection failed: {closed}" if ours else "hung up")
