@@ -62,6 +62,19 @@ class SettingsError(Exception):
     """A setting is missing or wrong; the message is one sentence that says the way out."""
 
 
+def checked(name: str, text: str, valid: range | tuple[str, str]) -> str | int | bool:
+    """Return the value that `text` is for the setting `name`; raise SettingsError if it is none."""
+    if isinstance(valid, range):
+        must = f"a whole number from {valid.start} to {valid.stop - 1}"
+        if re.fullmatch("[0-9]{1,9}", text) and int(text) in valid:
+            return int(text)
+    else:
+        pattern, must = valid
+        if re.fullmatch(pattern, text, re.IGNORECASE | re.DOTALL):
+            return text.lower() == "yes" if valid is YES_OR_NO else text
+    raise SettingsError(f"{name} must be {must}{'' if valid is SECRET else f', not {text!r}'}.")
+
+
 def setting(default: T, valid: range | tuple[str, str], about: str) -> T:
     """Declare a field of Settings: what it must be, and a line on what it is for."""
     return dataclasses.field(
@@ -103,21 +116,11 @@ class Settings:
             given |= {name: text for name, text in os.environ.items() if text.strip()}
         except (OSError, UnicodeError) as error:
             raise SettingsError(f".env cannot be read ({error}): save it as UTF-8.") from None
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            name = field.name.upper()
-            if text := (given.get(name) or "").strip():
-                valid = field.metadata["valid"]
-                if isinstance(valid, range):
-                    if not re.fullmatch("[0-9]{1,9}", text) or int(text) not in valid:
-                        must = f"a whole number from {valid.start} to {valid.stop - 1}"
-                        raise SettingsError(f"{name} must be {must}, not {text!r}.")
-                    values[field.name] = int(text)
-                elif re.fullmatch(valid[0], text, re.IGNORECASE | re.DOTALL):
-                    values[field.name] = text.lower() == "yes" if valid is YES_OR_NO else text
-                else:
-                    wrong = f", not {text!r}" if field.repr else ""
-                    raise SettingsError(f"{name} must be {valid[1]}{wrong}.")
+        values: dict[str, Any] = {
+            field.name: checked(field.name.upper(), text, field.metadata["valid"])
+            for field in dataclasses.fields(cls)
+            if (text := (given.get(field.name.upper()) or "").strip())
+        }
         if "deepgram_api_key" not in values:
             raise SettingsError(
                 "DEEPGRAM_API_KEY is not set: write DEEPGRAM_API_KEY=your-key into .env "
