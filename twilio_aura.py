@@ -275,8 +275,9 @@ class Call:
                     continue
                 self._handle(message)
         except ConnectionClosed as closed:
-            ours = closed.sent is not None and not closed.rcvd_then_sent
-            self.end(1000, f"connection failed: {closed}" if ours else "hung up")
+            if closed.sent and not closed.rcvd_then_sent:  # websockets closed it, not the caller
+                self.end(closed.sent.code, f"connection failed: {closed}")
+            self.end(1000, "hung up")
 
     def _handle(self, message: str | bytes) -> None:
         event: Any = None

@@ -178,7 +178,8 @@ async def test_large_message(server: Server) -> None:
         assert await phone.until_closed() == 1009
         await other.until_heard(GREETING)
         assert other.heard == GREETING
-    assert "1009 (message too big)" in await server.logged(f"{phone.call_sid} ended")
+    line = await server.logged(f"WARNING call {phone.call_sid} ended: connection failed")
+    assert "1009 (message too big)" in line
 
 
 async def test_many_keys(server: Server, deepgram: Deepgram) -> None:
