@@ -53,7 +53,10 @@ SECRET = (r"[!-~]+", "printable ASCII without spaces; copy it again")
 YES_OR_NO = (r"yes|no", "yes or no")
 LEVEL = (r"DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")
 HTTP_URL = (r"https?://[\w.-]+(:[0-9]{1,5})?(/[^\s?#]*)?", "a URL such as https://api.deepgram.com")
-WSS_URL = (r"((https|wss)://)?[\w.-]+(:[0-9]+)?(/[\w./~%+-]*)?", "such as wss://example.com/twilio")
+WSS_URL = (
+    r"((https|wss)://)?[\w.-]+(:[0-9]+)?(/[\w./~%+-]*)?",
+    "a URL such as wss://example.com/twilio",
+)
 
 T = TypeVar("T", str, int, bool)
 
@@ -547,6 +550,7 @@ def audio_chunks(response: requests.Response) -> Iterator[bytes]:
 def refusal(response: requests.Response) -> SpeechFailed:
     """Return what Deepgram's error `response` says: JSON in one of two shapes, or plain text."""
     status, headers = response.status_code, response.headers
+    api_key = response.request.headers["Authorization"].removeprefix("Token ")
     body = b""
     with contextlib.suppress(HTTPError):
         body = response.raw.read(2**14, decode_content=True)
@@ -557,12 +561,17 @@ def refusal(response: requests.Response) -> SpeechFailed:
     if not isinstance(told, dict):
         told = {"message": headers.get("dg-error") or body.decode(errors="replace")}
     keys = ("err_code", "err_msg", "category", "message", "details")
-    words = ": ".join(str(told[key]) for key in keys if told.get(key))[:300]
+    words = ": ".join(str(told[key]) for key in keys if told.get(key))
     request_id = told.get("request_id") or headers.get("dg-request-id") or "unknown"
-    line = f"{words} (request {request_id}); {ADVICE.get(status, THEIRS)}"
+
+    def quoted(text: str) -> str:
+        # On one line, and without the key, of which cutting first could leave a part.
+        text = "".join(c if c.isprintable() else " " for c in text)
+        return " ".join(text.split()).replace(api_key, "[key]")[:300]
+
     return SpeechFailed(
         f"Deepgram answered {status}",
-        " ".join("".join(c if c.isprintable() else " " for c in line).split()),
+        f"{quoted(words)} (request {quoted(str(request_id))}); {ADVICE.get(status, THEIRS)}",
         refused=400 <= status < 500 and status not in (408, 429),
     )
 
@@ -625,30 +634,26 @@ class Aura:
         session.mount(self._url, HTTPAdapter(1, 1, max_retries=retries))
         return session
 
-    async def warm_up(self) -> bool:
-        """Fetch the greeting; return whether Deepgram refused it for good."""
+    async def warm_up(self) -> SpeechFailed | None:
+        """Fetch the greeting; return why that failed, if it did."""
         for speech in self.speeches(self._settings.greeting, self._settings.deepgram_model):
             await speech.ended.wait()
-            if speech.failure and speech.failure.refused:
-                log.critical("no call could be answered: not serving")
-                return True
             if speech.failure:
-                log.warning("serving all the same: the next call tries again")
-                break
-        return False
+                return speech.failure
+        return None
 
     def speeches(self, text: str, model: str) -> Iterator[Speech]:
         """Yield the speech of each piece of `text`, the next one being fetched meanwhile."""
-        wanted: list[Speech] = []
+        ours: list[Speech] = []
         try:
             for piece in pieces(text):
-                wanted.append(self._speech(model, piece))
-                wanted[-1].wanted += 1
-                if len(wanted) > 1:
-                    yield wanted[-2]
-            yield from wanted[-1:]
+                ours.append(self._speech(model, piece))
+                ours[-1].wanted += 1
+                if len(ours) > 1:
+                    yield ours[-2]
+            yield from ours[-1:]
         finally:
-            for speech in wanted:
+            for speech in ours:
                 speech.wanted -= 1
 
     def _speech(self, model: str, text: str) -> Speech:
@@ -717,8 +722,7 @@ class Aura:
             failure = SpeechFailed(trouble, f"{plain}; {THEIRS}")
         self._sessions.append(session)
         if failure:
-            line = f"{failure}: {failure.advice}"
-            log.error("%s", line.replace(self._settings.deepgram_api_key, "[key]"))
+            log.error("%s: %s", failure, failure.advice)
         tell(speech.end, failure)
 
 
@@ -870,8 +874,12 @@ async def run(settings: Settings) -> int:
             stop.set_result(0)
 
     async def warm_up() -> None:
-        if await server.aura.warm_up() and not stop.done():
+        failure = await server.aura.warm_up()
+        if failure and failure.refused and not stop.done():
+            log.critical("no call could be answered: not serving")
             stop.set_result(1)
+        elif failure:
+            log.warning("serving all the same: the next call tries again")
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         # Not loop.add_signal_handler, which Windows lacks.

@@ -77,6 +77,17 @@ async def test_proxy() -> None:
     assert proxy.requests[0].target.startswith("http://deepgram.invalid/v1/speak?")
 
 
+async def test_key_is_never_cut_in_two(hasty: Server, deepgram: Deepgram) -> None:
+    """Of a long error message that repeats the key, no part of the key is logged."""
+    for number, before in enumerate(range(270, 300, 3)):
+        told = {"err_msg": "x" * before + KEY, "request_id": f"long {number}"}
+        answer = Answer(status=400, body=json.dumps(told).encode())
+        text = deepgram.answer(f"repeats the key {number}", answer)
+        async with dial(hasty.url, parameters={"text": text}) as phone:
+            await closed(phone)
+        assert KEY[:3] not in await hasty.logged(rf"request long {number}\)")
+
+
 # Failures
 
 

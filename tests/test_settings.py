@@ -44,7 +44,7 @@ async def refused(pattern: str, settings: Mapping[str, str | None], cwd: Path | 
         ({"DRAIN_SECONDS": "1.5"}, "DRAIN_SECONDS must be a whole number from 0 to "),
         ({"CLOSE_AFTER_SPEECH": "maybe"}, "CLOSE_AFTER_SPEECH must be yes or no, not 'maybe'"),
         ({"LOG_LEVEL": "LOUD"}, "LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, not 'LOUD'"),
-        ({"PUBLIC_URL": "ws://example.com"}, "PUBLIC_URL must be such as wss://example.com/"),
+        ({"PUBLIC_URL": "ws://example.com"}, "PUBLIC_URL must be a URL such as wss://example.com/"),
         ({"TLS_CERT": "missing.pem"}, "TLS_CERT='missing.pem' and TLS_KEY='' cannot be used"),
         ({"TLS_KEY": "missing.pem"}, "TLS_CERT='' and TLS_KEY='missing.pem' cannot be used"),
         ({"TLS_CERT": __file__, "TLS_KEY": __file__}, "TLS_CERT='.*' and TLS_KEY='.*' cannot "),
