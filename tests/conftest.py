@@ -56,7 +56,7 @@ async def closing(deepgram: Deepgram) -> AsyncIterator[Server]:
 async def hasty(
     deepgram: Deepgram, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Server]:
-    """Return a server that closes after speech and has a tenth of the usual patience."""
+    """Return a server that closes after speech and has little patience."""
     module = edited(
         Path(tmp_path_factory.mktemp("hasty")),
         START_SECONDS=1.0,

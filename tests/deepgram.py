@@ -42,7 +42,6 @@ class Answer:
         pause_seconds: After every piece.
         stop_after: Bytes of the body (0: with the head, -1: before it) after which `then` happens.
         then: cut (close the connection), reset (with RST) or stall (write nothing more).
-        close_idle: Whether the connection is closed, silently, when the body has been sent.
     """
 
     audio: bytes | None = None
@@ -56,7 +55,6 @@ class Answer:
     pause_seconds: float = 0.0
     stop_after: int | None = None
     then: str = "cut"
-    close_idle: bool = False
 
 
 @dataclass
@@ -240,7 +238,7 @@ class Deepgram:
         if answer.framing == "chunked":
             writer.write(b"0\r\n\r\n")
         await writer.drain()
-        return answer.framing != "close" and not answer.close_idle
+        return answer.framing != "close"
 
     async def _break_off(
         self, answer: Answer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -23,7 +23,6 @@ class Server:
     Args:
         settings: Its environment, on top of a key, a free port and 127.0.0.1. None unsets.
         cwd: Where it runs, and looks for `.env`.
-        command: What runs before it, such as `taskset -c 0`.
         module: What is run.
         flags: Python's own; by default every warning is an error.
     """
@@ -33,7 +32,6 @@ class Server:
         settings: Mapping[str, str | None],
         *,
         cwd: Path | str = "/",
-        command: Sequence[str] = (),
         module: Path = MODULE,
         flags: Sequence[str] = ("-W", "error", "-X", "dev"),
     ) -> None:
@@ -47,7 +45,7 @@ class Server:
         self.environment = environment | {
             name: value for name, value in {**defaults, **settings}.items() if value is not None
         }
-        self.command = [*command, sys.executable, *flags, str(module)]
+        self.command = [sys.executable, *flags, str(module)]
         self.cwd = cwd
         self.output = ""  # stdout
         self.log = ""  # stderr

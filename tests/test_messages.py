@@ -45,13 +45,6 @@ BAD: dict[str, str | bytes] = {
 }
 
 
-async def greeted(server: Server) -> None:
-    """Place one more call, which hears the greeting."""
-    async with dial(server.url) as phone:
-        await phone.until_heard(GREETING)
-        assert phone.heard == GREETING
-
-
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", BAD)
 async def test_bad_message(server: Server, name: str, when: str) -> None:

@@ -208,22 +208,28 @@ async def test_plain_http(server: Server, method: str, path: str, status: int) -
     assert server.log == before
 
 
-async def test_health_as_haproxy_asks(server: Server) -> None:
-    """HTTP/1.0 without a header is enough to ask for the health."""
+async def exchange(server: Server, sent: bytes, *, eof: bool = False) -> bytes:
+    """Send these bytes to `server`; return all that it answers until it closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(b"GET /healthz HTTP/1.0\r\n\r\n")
-    assert (await reader.read()).startswith(b"HTTP/1.1 200 OK\r\n")
+    writer.write(sent)
+    if eof:
+        writer.write_eof()
+    answer = await reader.read()
     writer.close()
     await writer.wait_closed()
+    return answer
+
+
+async def test_health_as_haproxy_asks(server: Server) -> None:
+    """HTTP/1.0 without a header is enough to ask for the health."""
+    answer = await exchange(server, b"GET /healthz HTTP/1.0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 async def test_head(server: Server) -> None:
     """The answer to a HEAD ends with its headers."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert (await reader.read()).endswith(b"\r\n\r\n")
-    writer.close()
-    await writer.wait_closed()
+    answer = await exchange(server, b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert answer.endswith(b"\r\n\r\n")
 
 
 @pytest.mark.parametrize(
@@ -239,12 +245,7 @@ async def test_head(server: Server) -> None:
 async def test_strangers(server: Server, sent: bytes) -> None:
     """Whatever else connects is let go without a word, and disturbs no one."""
     before = server.log
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(sent)
-    writer.write_eof()
-    assert not (await reader.read()).startswith(b"HTTP/1.1 1")
-    writer.close()
-    await writer.wait_closed()
+    assert not (await exchange(server, sent, eof=True)).startswith(b"HTTP/1.1 1")
     assert server.log == before
     async with dial(server.url) as phone:
         await phone.until_heard(GREETING)
