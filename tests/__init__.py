@@ -1,1 +1,1 @@
-"""Tests, a demo and a benchmark of twilio_aura, on real sockets."""
+"""Tests and a demo of twilio_aura, on real sockets."""

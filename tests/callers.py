@@ -10,9 +10,11 @@ import asyncio
 import json
 import random
 import re
+import socket
 import struct
 import time
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -20,7 +22,7 @@ from tests.telephone import MULAW
 
 T = TypeVar("T")
 WAIT_SECONDS = 60  # for what should come at once, before giving up
-GREETING = ""  # the text of a call that names none
+NO_TEXT = ""  # of a call that names none, and so hears the greeting
 
 
 def frame(message: object) -> bytes:
@@ -60,7 +62,7 @@ PING, PONG = b"\x89\x80\0\0\0\0", b"\x8a\x00"
 CLOSE = b"\x88\x82\0\0\0\0" + struct.pack(">H", 1000)
 
 
-class Caller(asyncio.Protocol):
+class BenchmarkCall(asyncio.Protocol):
     """A call from Twilio, as light as can be: ready-made bytes out, and the time of what comes."""
 
     def __init__(self) -> None:
@@ -77,7 +79,7 @@ class Caller(asyncio.Protocol):
             self._came.set_result(time.perf_counter())
         if data[0] == 0x89:  # a ping, which keeps the connection alive if answered
             self.transport.write(bytes([0x8A, 0x80 | data[1]]) + b"\0\0\0\0" + data[2:][: data[1]])
-        if returned := re.search(rb'"mark": \{"name": "(\w+)"', data):
+        if returned := re.search(rb'"mark": \{"name": "([^"]+)"', data):
             name = returned[1].decode()
             self.transport.write(frame({"event": "mark", "mark": {"name": name}}))
 
@@ -100,14 +102,14 @@ class Caller(asyncio.Protocol):
         await self.closed
 
 
-async def connect(url: str) -> Caller:
+async def connect(url: str) -> BenchmarkCall:
     """Open a connection on which nothing has been said."""
     host, _, port = urlsplit(url).netloc.partition(":")
-    _, caller = await asyncio.get_running_loop().create_connection(Caller, host, int(port))
+    _, caller = await asyncio.get_running_loop().create_connection(BenchmarkCall, host, int(port))
     return caller
 
 
-async def call(url: str) -> Caller:
+async def call(url: str) -> BenchmarkCall:
     """Open a call, up to where `start` is to be sent."""
     caller = await connect(url)
     await caller.send(HANDSHAKE, until=b" 101 ")
@@ -140,9 +142,69 @@ async def first_frames(url: str, texts: Sequence[str], apart_seconds: float = 0.
     return [(moment - at) * 1000 for moment, at in zip(came, due, strict=True)]
 
 
-async def heard(url: str, calls: int) -> list[Caller]:
+async def heard(url: str, calls: int) -> list[BenchmarkCall]:
     """Open so many calls; return them when all have heard the greeting."""
     callers = await all_of(call(url) for _ in range(calls))
-    await all_of(caller.send(start(GREETING), until=b'"mark"') for caller in callers)
+    await all_of(caller.send(start(NO_TEXT), until=b'"mark"') for caller in callers)
     await all_of(caller.send(PING, until=PONG) for caller in callers)
     return callers
+
+
+async def spread(
+    url: str, calls: int, seconds: float, *, talking: bool
+) -> list[asyncio.Task[None]]:
+    """Open so many calls evenly within so many seconds; return when all have heard the greeting.
+
+    If they are `talking`, they send their voice from `start` on, until these tasks are cancelled.
+    """
+    greeted = asyncio.Semaphore(0)
+
+    async def talk(starts_at: float) -> None:
+        await asyncio.sleep(starts_at - time.perf_counter())
+        caller = await call(url)
+        hearing = caller.send(start(NO_TEXT), until=b'"mark"')
+        hearing.add_done_callback(lambda it: None if it.cancelled() else greeted.release())
+        while not caller.closed.done():
+            if talking:
+                caller.transport.write(5 * VOICE)
+            starts_at += 0.1
+            await asyncio.sleep(max(0, starts_at - time.perf_counter()))
+
+    began = time.perf_counter()
+    tasks = [asyncio.create_task(talk(began + number * seconds / calls)) for number in range(calls)]
+    await all_of(greeted.acquire() for _ in range(calls))
+    return tasks
+
+
+@asynccontextmanager
+async def slow_link(url: str, kilobits_per_second: int) -> AsyncIterator[str]:
+    """Run a proxy to `url` that is so slow towards each caller; yield its URL.
+
+    What the server sends too fast queues without limit, as in networks whose buffers are too large.
+    """
+    loop, (host, _, port) = asyncio.get_running_loop(), urlsplit(url).netloc.partition(":")
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def from_server() -> None:
+            free_at = loop.time()
+            while data := await loop.sock_recv(server, 1000):
+                free_at = max(free_at, loop.time()) + len(data) * 8 / 1000 / kilobits_per_second
+                await asyncio.sleep(free_at - loop.time())
+                writer.write(data)
+
+        async def to_server() -> None:
+            while data := await reader.read(1000):
+                await loop.sock_sendall(server, data)
+
+        with socket.socket() as server:
+            server.setblocking(False)
+            await loop.sock_connect(server, (host, int(port)))
+            ways = [asyncio.create_task(from_server()), asyncio.create_task(to_server())]
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+        writer.close()
+
+    async with await asyncio.start_server(carry, "127.0.0.1", 0) as proxy:
+        yield f"ws://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"

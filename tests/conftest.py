@@ -13,7 +13,7 @@ import pytest_asyncio
 import trustme
 
 from tests.deepgram import KEY, Deepgram
-from tests.server import Server, edited
+from tests.server import Server
 
 
 @pytest_asyncio.fixture(scope="session")
@@ -23,7 +23,7 @@ async def deepgram() -> AsyncIterator[Deepgram]:
         yield running
 
 
-async def lived_well(server: Server) -> None:
+async def assert_clean_shutdown(server: Server) -> None:
     """Stop `server`, and check that its log has one end a call, and no traceback."""
     server.signal()
     assert await server.end() == 0
@@ -39,39 +39,33 @@ async def server(deepgram: Deepgram) -> AsyncIterator[Server]:
     """Return a server with no setting but the key and Deepgram's stand-in."""
     async with Server({"DEEPGRAM_URL": deepgram.url}) as running:
         yield running
-        await lived_well(running)
+        await assert_clean_shutdown(running)
 
 
 @pytest_asyncio.fixture(scope="session")
-async def closing(deepgram: Deepgram) -> AsyncIterator[Server]:
+async def closes_after_speech(deepgram: Deepgram) -> AsyncIterator[Server]:
     """Return a server that closes after speech, at the DEBUG level."""
-    async with Server(
-        {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes", "LOG_LEVEL": "debug"}
-    ) as running:
+    settings = {"CLOSE_AFTER_SPEECH": "yes", "LOG_LEVEL": "debug"}
+    async with Server({"DEEPGRAM_URL": deepgram.url, **settings}) as running:
         yield running
-        await lived_well(running)
+        await assert_clean_shutdown(running)
 
 
 @pytest_asyncio.fixture(scope="session")
-async def hasty(
-    deepgram: Deepgram, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Server]:
-    """Return a server that closes after speech and has little patience."""
-    module = edited(
-        Path(tmp_path_factory.mktemp("hasty")),
+async def impatient(deepgram: Deepgram) -> AsyncIterator[Server]:
+    """Return a server that closes after speech, and whose time-outs are short."""
+    settings = {"CLOSE_AFTER_SPEECH": "yes", "GREETING": "Hello in haste"}
+    async with Server(
+        {"DEEPGRAM_URL": deepgram.url, **settings},
         START_SECONDS=1.0,
-        SILENCE_SECONDS=2.0,
-        MARK_SECONDS=0.3,
+        MAX_SILENCE_SECONDS=2.0,
+        MARK_GRACE_SECONDS=0.3,
         READ_SECONDS=0.5,
         CONNECT_SECONDS=0.3,
-        MOST_SECONDS=10,
-    )
-    async with Server(
-        {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes", "GREETING": "Hello in haste"},
-        module=module,
+        MAX_SPEECH_SECONDS=10,
     ) as running:
         yield running
-        await lived_well(running)
+        await assert_clean_shutdown(running)
 
 
 @pytest.fixture(scope="session")

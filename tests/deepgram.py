@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
+from tests.waiting import Observable
+
 KEY = "a-key-that-costs-money"
+GREETING = "Hello, how are you today?"  # the default
 
 
 def noise(text: str, model: str = "aura-asteria-en") -> bytes:
@@ -34,14 +37,14 @@ class Answer:
         audio: The body of a 200; None is `Deepgram.voice` of the text.
         status: The HTTP status.
         body: Instead of audio, with whatever status.
-        headers: In addition, or instead of the usual ones.
+        headers: In addition, or instead of the default ones.
         framing: How the end of the body is told: chunked, length or close.
-        pieces: Sizes in bytes in which the body is written; the last one goes on.
+        write_sizes: Sizes in bytes in which the body is written; the last one goes on.
         delay_seconds: Until the response's head and first byte.
-        hold: Waited for after the first piece.
-        pause_seconds: After every piece.
-        stop_after: Bytes of the body (0: with the head, -1: before it) after which `then` happens.
-        then: cut (close the connection), reset (with RST) or stall (write nothing more).
+        gate: Waited for after the first write.
+        pause_seconds: After every write.
+        stop_after: Bytes of the body (0: with the head, -1: before it), then `failure` happens.
+        failure: cut (close the connection), reset (with RST) or stall (write nothing more).
     """
 
     audio: bytes | None = None
@@ -49,12 +52,12 @@ class Answer:
     body: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
     framing: str = "chunked"
-    pieces: Sequence[int] = (1000,)
+    write_sizes: Sequence[int] = (1000,)
     delay_seconds: float = 0.0
-    hold: asyncio.Event | None = None
+    gate: asyncio.Event | None = None
     pause_seconds: float = 0.0
     stop_after: int | None = None
-    then: str = "cut"
+    failure: str = "cut"
 
 
 @dataclass
@@ -70,33 +73,33 @@ class Request:
     at: float
 
 
-class Deepgram:
+class Deepgram(Observable):
     """The stand-in: `async with Deepgram() as deepgram`, then `deepgram.url`.
 
     Args:
         voice: Returns the mulaw audio for a text and a model.
-        usual: The answer to texts that `answers` has none for.
+        default: The answer to texts that `answers` has none for.
     """
 
     def __init__(
         self,
         voice: Callable[[str, str], bytes] = noise,
-        usual: Answer | None = None,
+        default: Answer | None = None,
         port: int = 0,
     ) -> None:
+        super().__init__()
         self.voice = voice
-        self.usual = usual or Answer()
+        self.default = default or Answer()
         self.answers: dict[str, list[Answer]] = {}  # by text; the last one stays
         self.requests: list[Request] = []
         self.connections = 0
         self.under_way = self.most_under_way = 0
         self.port = port
-        self._changed = asyncio.Condition()
         self._writers: set[asyncio.StreamWriter] = set()
 
     @property
     def url(self) -> str:
-        """What DEEPGRAM_URL is to be."""
+        """The value for DEEPGRAM_URL."""
         return f"http://127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> Self:
@@ -118,11 +121,6 @@ class Deepgram:
     def asked(self, text: str) -> list[Request]:
         """Return the requests there were for `text`."""
         return [request for request in self.requests if request.text == text]
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for `condition`, which a request's arrival or end makes true."""
-        async with self._changed:
-            await self._changed.wait_for(condition)
 
     async def until_asked(self, text: str) -> None:
         """Wait for the first request for `text`."""
@@ -168,7 +166,7 @@ class Deepgram:
             number,
             asyncio.get_running_loop().time(),
         )
-        planned = self.answers.get(text) or [self.usual]
+        planned = self.answers.get(text) or [self.default]
         answer = planned.pop(0) if len(planned) > 1 else planned[0]
         if headers.get("authorization") != f"Token {KEY}":
             answer = Answer(status=401, body=INVALID_AUTH)
@@ -176,18 +174,13 @@ class Deepgram:
             answer = Answer(status=404, body=b"Not Found")
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
-        await self._note(request)
+        self.requests.append(request)
+        self.changed()
         try:
             return await self._answer(request, answer, reader, writer)
         finally:
             self.under_way -= 1
-            await self._note()
-
-    async def _note(self, request: Request | None = None) -> None:
-        async with self._changed:
-            if request:
-                self.requests.append(request)
-            self._changed.notify_all()
+            self.changed()
 
     async def _answer(
         self,
@@ -220,7 +213,7 @@ class Deepgram:
         writer.write(f"HTTP/1.1 {answer.status} Whatever\r\n{lines}\r\n".encode("latin-1"))
         if answer.stop_after == 0:
             return await self._break_off(answer, reader, writer)
-        sizes = list(answer.pieces)
+        sizes = list(answer.write_sizes)
         position = 0
         end = len(body) if answer.stop_after is None else answer.stop_after
         while position < end:
@@ -230,8 +223,8 @@ class Deepgram:
             writer.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             await writer.drain()
             position += len(piece)
-            if answer.hold:
-                await answer.hold.wait()
+            if answer.gate:
+                await answer.gate.wait()
             await asyncio.sleep(answer.pause_seconds)
         if answer.stop_after is not None:
             return await self._break_off(answer, reader, writer)
@@ -244,9 +237,9 @@ class Deepgram:
         self, answer: Answer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bool:
         await writer.drain()
-        if answer.then == "stall":
+        if answer.failure == "stall":
             await reader.read()  # until the other side gives up
-        if answer.then == "reset":
+        if answer.failure == "reset":
             linger = struct.pack("ii", 1, 0)
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
@@ -268,8 +261,8 @@ async def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--delay-seconds", type=float, default=0.2)
     arguments = parser.parse_args()
-    usual = Answer(delay_seconds=arguments.delay_seconds)
-    async with Deepgram(usual=usual, port=arguments.port) as deepgram:
+    default = Answer(delay_seconds=arguments.delay_seconds)
+    async with Deepgram(default=default, port=arguments.port) as deepgram:
         print(deepgram.url, flush=True)
         await asyncio.Event().wait()
 

@@ -6,56 +6,112 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+import twilio_aura
 from tests.deepgram import KEY
+from tests.waiting import Observable
 
-MODULE = Path(__file__).parent.parent / "twilio_aura.py"
-QUIET = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"}
+ROOT = Path(__file__).parent.parent
+MODULE = ROOT / "twilio_aura.py"
+PROXY_VARIABLES = {
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+    *("http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+}
+GREETING_SCRIPT = """
+async def script(call):
+    yield call.parameters.get("text") or call.settings.greeting
+"""
 
 
-class Server:
+def environment(settings: Mapping[str, str | None]) -> dict[str, str]:
+    """Return this process's environment with these settings and no others; None unsets."""
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in {*twilio_aura.FIELDS, *PROXY_VARIABLES}
+    }
+    inherited["PYTHONPATH"] = str(ROOT)
+    return inherited | {name: value for name, value in settings.items() if value is not None}
+
+
+@contextmanager
+def reserved_ports(number: int) -> Iterator[list[int]]:
+    """Yield ports that nobody is given while no server listens on them.
+
+    A socket that is bound to one, with SO_REUSEADDR and without listening, lets servers have it.
+    """
+    sockets = [socket.socket() for _ in range(number)]
+    try:
+        for reserving in sockets:
+            reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            reserving.bind(("127.0.0.1", 0))
+        yield [reserving.getsockname()[1] for reserving in sockets]
+    finally:
+        for reserving in sockets:
+            reserving.close()
+
+
+def program(script: str | Path | None, **constants: float) -> str:
+    """Return a program that serves `script` as a file of one's own does, as the README's menu.
+
+    Args:
+        script: The source of `script` and of whatever it needs; or a file that has them; or None
+            for the module's own.
+        constants: Attributes of the module that are set, such as START_SECONDS=1.
+    """
+    lines = ["import asyncio, contextlib, runpy, sys", "import twilio_aura"]
+    for name, value in constants.items():
+        assert hasattr(twilio_aura, name)
+        lines.append(f"twilio_aura.{name} = {value}")
+    match script:
+        case str():
+            return "\n".join([*lines, script, "sys.exit(twilio_aura.main(script))"])
+        case Path():
+            return "\n".join([*lines, f"runpy.run_path({str(script)!r}, run_name='__main__')"])
+        case None:
+            return "\n".join([*lines, "sys.exit(twilio_aura.main())"])
+
+
+class Server(Observable):
     """`async with Server({"DEEPGRAM_URL": …}) as server`, then `server.url`.
 
     Args:
         settings: Its environment, on top of a key, a free port and 127.0.0.1. None unsets.
+        script: The source of a script, by default one that says the greeting; or a file that has
+            it; or None for the module's own.
         cwd: Where it runs, and looks for `.env`.
-        module: What is run.
+        prefix: A command that runs it, such as prlimit.
         flags: Python's own; by default every warning is an error.
+        constants: Attributes of the module that are set, such as START_SECONDS=1.
     """
 
     def __init__(
         self,
         settings: Mapping[str, str | None],
+        script: str | Path | None = GREETING_SCRIPT,
         *,
         cwd: Path | str = "/",
-        module: Path = MODULE,
+        prefix: Sequence[str] = (),
         flags: Sequence[str] = ("-W", "error", "-X", "dev"),
+        **constants: float,
     ) -> None:
-        names = set(
-            re.findall(
-                r"^([A-Z_]+)=", (MODULE.parent / ".env.example").read_text("utf-8"), re.MULTILINE
-            )
-        )
-        environment = {k: v for k, v in os.environ.items() if k not in names | QUIET}
+        super().__init__()
         defaults = {"DEEPGRAM_API_KEY": KEY, "HOST": "127.0.0.1", "PORT": "0"}
-        self.environment = environment | {
-            name: value for name, value in {**defaults, **settings}.items() if value is not None
-        }
-        self.command = [sys.executable, *flags, str(module)]
+        self.environment = environment({**defaults, **settings})
+        self.command = [*prefix, sys.executable, *flags, "-c", program(script, **constants)]
         self.cwd = cwd
         self.output = ""  # stdout
         self.log = ""  # stderr
         self.port = 0
         self._streams = 2
-        self._changed = asyncio.Condition()
 
     @property
     def url(self) -> str:
-        """Where Twilio is to connect to."""
+        """Where Twilio connects to."""
         scheme = "wss" if self.environment.get("TLS_CERT") else "ws"
         return f"{scheme}://{self.environment['HOST']}:{self.port}/twilio"
 
@@ -90,30 +146,25 @@ class Server:
     async def _read(self, name: str, stream: asyncio.StreamReader | None) -> None:
         assert stream is not None
         while line := await stream.readline():
-            async with self._changed:
-                setattr(self, name, getattr(self, name) + line.decode(errors="replace"))
-                self._changed.notify_all()
-        async with self._changed:
-            self._streams -= 1
-            self._changed.notify_all()
+            setattr(self, name, getattr(self, name) + line.decode(errors="replace"))
+            self.changed()
+        self._streams -= 1
+        self.changed()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for `condition`, which a line of output makes true."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: condition() or self.ended)
+        await super().until(lambda: condition() or self.ended)
         if not condition():
             raise AssertionError(self.log)
 
+    def lines(self, pattern: str) -> list[str]:
+        """Return the lines of the log that `pattern` matches in."""
+        return [line for line in self.log.splitlines() if re.search(pattern, line)]
+
     async def logged(self, pattern: str) -> str:
         """Wait for a line of the log that `pattern` matches in, and return it."""
-        found: list[str] = []
-
-        def look() -> bool:
-            found[:] = [line for line in self.log.splitlines() if re.search(pattern, line)]
-            return bool(found)
-
-        await self.until(look)
-        return found[0]
+        await self.until(lambda: bool(self.lines(pattern)))
+        return self.lines(pattern)[0]
 
     def signal(self, signum: int = signal.SIGTERM) -> None:
         """Send it a signal."""
@@ -124,22 +175,3 @@ class Server:
         status = await self.process.wait()
         await asyncio.gather(*self._readers)
         return status
-
-
-def edited(directory: Path, script: str = "", **constants: float) -> Path:
-    """Return a copy of the module with another `script` or less patience, as a user may edit it."""
-    source = MODULE.read_text(encoding="utf-8")
-    for name, value in constants.items():
-        source, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", source, flags=re.MULTILINE)
-        assert count == 1, name
-    if script:
-        source, count = re.subn(
-            r"^async def script\(.*?(?=^# ---)",
-            lambda _: script + "\n\n",
-            source,
-            flags=re.MULTILINE | re.DOTALL,
-        )
-        assert count == 1
-    copy = directory / "twilio_aura.py"
-    copy.write_text(source, encoding="utf-8")
-    return copy

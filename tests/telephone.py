@@ -2,8 +2,8 @@
 
 It plays what it is sent in order, returns each mark when the audio before it has been played, and
 at a `clear` throws the rest away and returns the marks in it, as Twilio does. It keeps to the
-protocol (`shared/twilio-media-streams.md` has it) and holds the server to it: a message that Twilio
-would warn about raises ProtocolViolation in the test.
+protocol and holds the server to it: a message that Twilio would warn about raises
+ProtocolViolation in the test.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from websockets.protocol import State
 
-BYTES_A_SECOND = 8000
+from tests.waiting import Observable
+
+BYTES_PER_SECOND = 8000
 MULAW = {"encoding": "audio/x-mulaw", "sampleRate": 8000, "channels": 1}
 
 
@@ -29,21 +31,21 @@ class ProtocolViolation(AssertionError):
     """The server sent what Twilio would warn about (31950, 31951)."""
 
 
-class Telephone:
+class Telephone(Observable):
     """One call, made by `dial`.
 
     Attributes:
         heard: The mulaw bytes played to the caller so far.
-        sent: The mulaw bytes that came, played or not.
-        frames: The sizes of the media messages, in bytes.
+        received: The mulaw bytes that came, played or not.
+        media_sizes: The sizes of the media messages' audio, in bytes.
         events: What came, in order: ("media", bytes), ("mark", name), ("clear", "").
         times: The event loop's time of each event.
-        returned: The names of the marks returned, played or cleared.
+        echoed_marks: The names of the marks echoed, played or cleared.
 
     Args:
         speed: Seconds of audio played in a second.
-        returns_marks: Whether it does.
-        overhear: Is called with who sent it (Twilio or server) and every message.
+        returns_marks: Whether marks are echoed.
+        on_message: Is called with the sender (Twilio or server) and every message.
     """
 
     def __init__(
@@ -52,25 +54,25 @@ class Telephone:
         *,
         speed: float = 1000.0,
         returns_marks: bool = True,
-        overhear: Callable[[str, str | bytes], None] = lambda _who, _message: None,
+        on_message: Callable[[str, str | bytes], None] = lambda _sender, _message: None,
     ) -> None:
+        super().__init__()
         self.ws = ws
         self.stream_sid = "MZ" + secrets.token_hex(16)
         self.call_sid = "CA" + secrets.token_hex(16)
         self.heard = bytearray()
-        self.sent = bytearray()
-        self.frames: list[int] = []
+        self.received = bytearray()
+        self.media_sizes: list[int] = []
         self.events: list[tuple[str, str | bytes]] = []
         self.times: list[float] = []
-        self.returned: list[str] = []
-        self.started_at = 0.0
-        self._overhear = overhear
+        self.echoed_marks: list[str] = []
+        self._on_message = on_message
         self._speed = speed  # seconds of audio played in a second
         self._returns_marks = returns_marks
         self._sequence = 0
         self._buffer: asyncio.Queue[tuple[str, str | bytes]] = asyncio.Queue()
         self._cleared = asyncio.Event()
-        self._changed = asyncio.Condition()
+        self._has_ended = False
         self._violation: ProtocolViolation | None = None
 
     async def __aenter__(self) -> Self:
@@ -108,7 +110,7 @@ class Telephone:
     async def send_raw(self, message: str | bytes) -> None:
         """Send `message` as it is."""
         await self.ws.send(message)
-        self._overhear("Twilio", message)
+        self._on_message("Twilio", message)
 
     async def connected(self) -> None:
         """Send `connected`, which comes first."""
@@ -130,7 +132,6 @@ class Telephone:
     async def start(self, **parameters: str) -> None:
         """Send `start`, with these <Parameter>s."""
         await self.send("start", start=self.start_fields(**parameters))
-        self.started_at = asyncio.get_running_loop().time()
 
     async def voice(self, messages: int = 1) -> None:
         """Send so many 20 ms messages of the caller's silence."""
@@ -164,8 +165,7 @@ class Telephone:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` is true, or the call over (which is an error unless it is)."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: condition() or self._listener.done())
+        await super().until(lambda: condition() or self._has_ended)
         if self._violation:
             raise self._violation
         if not condition():
@@ -173,15 +173,16 @@ class Telephone:
 
     async def until_sound(self) -> None:
         """Wait for the first media message."""
-        await self.until(lambda: bool(self.frames))
+        await self.until(lambda: bool(self.media_sizes))
 
     async def until_mark(self, count: int = 1) -> None:
         """Wait until so many marks have come (with a speed, played or not)."""
         await self.until(lambda: len(self.named("mark")) >= count)
 
     async def until_heard(self, audio: bytes) -> None:
-        """Wait until the caller has heard this much, and a mark has come after it."""
+        """Wait until the caller has heard this, last of all, and a mark has come after it."""
         await self.until(lambda: len(self.heard) >= len(audio) and self.events[-1][0] == "mark")
+        assert self.heard.endswith(audio)
 
     async def until_closed(self) -> int:
         """Wait until the server has closed the call; return the close code."""
@@ -199,35 +200,34 @@ class Telephone:
     async def _listen(self) -> None:
         try:
             async for message in self.ws:
-                self._overhear("server", message)
+                self._on_message("server", message)
                 event = self._check(message)
-                async with self._changed:
-                    self.events.append(event)
-                    self.times.append(asyncio.get_running_loop().time())
-                    match event:
-                        case "media", bytes(audio):
-                            self.sent += audio
-                            self.frames.append(len(audio))
-                            self._buffer.put_nowait(event)
-                        case "mark", _:
-                            self._buffer.put_nowait(event)
-                        case _:
-                            await self._clear()
-                    self._changed.notify_all()
+                self.events.append(event)
+                self.times.append(asyncio.get_running_loop().time())
+                match event:
+                    case "media", bytes(audio):
+                        self.received += audio
+                        self.media_sizes.append(len(audio))
+                        self._buffer.put_nowait(event)
+                    case "mark", _:
+                        self._buffer.put_nowait(event)
+                    case _:
+                        await self._clear()
+                self.changed()
         except ConnectionClosed:
             pass
         except ProtocolViolation as violation:
             self._violation = violation
             self.ws.transport.abort()
         finally:
-            async with self._changed:
-                self._changed.notify_all()
+            self._has_ended = True
+            self.changed()
 
     def _check(self, message: str | bytes) -> tuple[str, str | bytes]:
         if isinstance(message, bytes):
             raise ProtocolViolation("a binary message (31950)")
-        told = json.loads(message)
-        match told:
+        fields = json.loads(message)
+        match fields:
             case {"event": "media", "streamSid": sid, "media": {"payload": str(payload)}}:
                 keys = {"event", "streamSid", "media"}, {"payload"}
                 try:
@@ -242,9 +242,9 @@ class Telephone:
                 what = ""
             case _:
                 raise ProtocolViolation(f"not a message Twilio knows (31951): {message[:200]}")
-        event = str(told["event"])
-        inner = told.get(event, {})
-        if (set(told), set(inner)) != keys or sid != self.stream_sid:
+        event = str(fields["event"])
+        inner = fields.get(event, {})
+        if (set(fields), set(inner)) != keys or sid != self.stream_sid:
             raise ProtocolViolation(f"extra keys or a wrong streamSid (31951): {message[:200]}")
         return event, what
 
@@ -253,22 +253,19 @@ class Telephone:
             _, what = await self._buffer.get()
             if isinstance(what, bytes):
                 self._cleared.clear()
-                seconds = len(what) / BYTES_A_SECOND / self._speed
+                seconds = len(what) / BYTES_PER_SECOND / self._speed
                 begun = asyncio.get_running_loop().time()
                 try:
                     async with asyncio.timeout(seconds):
                         await self._cleared.wait()
                         elapsed = asyncio.get_running_loop().time() - begun
-                        what = what[: int(elapsed * self._speed * BYTES_A_SECOND)]
+                        what = what[: int(elapsed * self._speed * BYTES_PER_SECOND)]
                 except TimeoutError:
                     pass
-                async with self._changed:
-                    self.heard += what
-                    self._changed.notify_all()
+                self.heard += what
             else:
                 await self._return_mark(what)
-                async with self._changed:
-                    self._changed.notify_all()
+            self.changed()
 
     async def _clear(self) -> None:
         self._cleared.set()
@@ -281,7 +278,7 @@ class Telephone:
         if self._returns_marks and self.ws.state is State.OPEN:
             with suppress(ConnectionClosed):
                 await self.send("mark", mark={"name": name})
-                self.returned.append(name)
+                self.echoed_marks.append(name)
 
 
 @asynccontextmanager
@@ -293,7 +290,7 @@ async def dial(
     headers: dict[str, str] | None = None,
     speed: float = 1000.0,
     returns_marks: bool = True,
-    overhear: Callable[[str, str | bytes], None] = lambda _who, _message: None,
+    on_message: Callable[[str, str | bytes], None] = lambda _sender, _message: None,
     **options: Any,
 ) -> AsyncIterator[Telephone]:
     """Place a call to `url`, as Twilio does: `connected`, then `start` with `parameters`."""
@@ -306,7 +303,9 @@ async def dial(
         max_size=None,
         **options,
     )
-    async with Telephone(ws, speed=speed, returns_marks=returns_marks, overhear=overhear) as phone:
+    async with Telephone(
+        ws, speed=speed, returns_marks=returns_marks, on_message=on_message
+    ) as phone:
         await phone.connected()
         if start:
             await phone.start(**(parameters or {}))

@@ -1,33 +1,49 @@
 """The demo, run as a user runs it, and the voice it has without Deepgram."""
 
 import asyncio
-import os
+import signal
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 from streamdouble import g711
 from streamdouble.audio import load_wav
 
-from tests.deepgram import KEY, Answer, Deepgram, noise
-from tests.demo import SETTINGS
-from tests.server import MODULE, QUIET
+from tests.deepgram import GREETING, KEY, Answer, Deepgram, noise
+from tests.server import GREETING_SCRIPT, environment
 from tests.voice import speak
 
-GREETING = "Hello, how are you today?"
+MAIN = """
+import sys
+import twilio_aura
+{script}
+if __name__ == "__main__":
+    sys.exit(twilio_aura.main(script))
+"""
 
 
-async def demo(cwd: Path, *arguments: str, **settings: str) -> tuple[int, str, str]:
-    """Run the demo in `cwd`; return its exit status, output and error output."""
-    inherited = {k: v for k, v in os.environ.items() if k not in {*SETTINGS, *QUIET}}
-    process = await asyncio.create_subprocess_exec(
+async def start(
+    cwd: Path, *arguments: str, settings: Mapping[str, str] | None = None
+) -> asyncio.subprocess.Process:
+    """Start the demo in `cwd`."""
+    return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.demo", *arguments),
         cwd=cwd,
-        env={**inherited, "PYTHONPATH": str(MODULE.parent), **settings},
+        env=environment(settings or {}),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
+
+
+async def demo(
+    cwd: Path, *arguments: str, script: str = GREETING_SCRIPT, **settings: str
+) -> tuple[int, str, str]:
+    """Run the demo in `cwd` with this script; return its exit status, output and error output."""
+    (cwd / "script.py").write_text(MAIN.format(script=script))
+    process = await start(cwd, "--script", "script.py", *arguments, settings=settings)
     output, errors = await process.communicate()
     assert process.returncode is not None
     return process.returncode, output.decode(), errors.decode()
@@ -40,13 +56,18 @@ def recording(path: Path) -> np.ndarray:
     return samples[:, 0]
 
 
+def names(directory: Path) -> list[str]:
+    """Return the names of the files in `directory`."""
+    return sorted(path.name for path in directory.iterdir())
+
+
 def assert_in_order(text: str, *parts: str) -> None:
     position = 0
     for part in parts:
         position = text.index(part, position) + len(part)
 
 
-def assert_refused(status: int, errors: str) -> None:
+def assert_failed(status: int, errors: str) -> None:
     assert status != 0
     assert "Traceback" not in errors
     assert KEY not in errors
@@ -55,8 +76,17 @@ def assert_refused(status: int, errors: str) -> None:
 # The demo
 
 
+async def test_default(tmp_path: Path) -> None:
+    """Without an option the module's own script is heard, and kept as call.wav."""
+    process = await start(tmp_path, "--fast")
+    output, errors = await process.communicate()
+    assert (process.returncode, errors) == (0, b"")
+    assert b"The caller heard all" in output
+    assert len(recording(tmp_path / "call.wav"))
+
+
 async def test_greeting(tmp_path: Path) -> None:
-    """Without a key, an account or an option the greeting is heard, and kept as call.wav."""
+    """Without a key or an account the greeting is heard, and kept as call.wav."""
     status, output, errors = await demo(tmp_path)
     assert (status, errors) == (0, "")
     assert_in_order(
@@ -66,8 +96,8 @@ async def test_greeting(tmp_path: Path) -> None:
         "Twilio: connected",
         "Twilio: start of call CA",
         "server: media, the first sound",
-        "server: mark 1, after",
-        "Twilio: mark 1: the caller has heard",
+        "server: mark 1.",
+        "Twilio: mark 1.",
         "Twilio: stop",
         "ended: hung up",
         "The caller heard all",
@@ -97,11 +127,77 @@ async def test_deepgram(deepgram: Deepgram, tmp_path: Path) -> None:
     assert np.array_equal(recording(tmp_path / "call.wav"), g711.decode(noise(GREETING)))
 
 
+KEYS = """
+async def script(call):
+    yield "Press a key."
+    while (key := await call.digit()) != "#":
+        yield f"You pressed {key}."
+    yield "Bye."
+"""
+
+
+async def test_keys(deepgram: Deepgram, tmp_path: Path) -> None:
+    """Keys are pressed in turn, each when what was said before has been heard."""
+    settings = {"DEEPGRAM_API_KEY": KEY, "DEEPGRAM_URL": deepgram.url}
+    status, output, errors = await demo(
+        tmp_path, "--fast", "--keys", "1,2,#", script=KEYS, **settings
+    )
+    assert (status, errors) == (0, "")
+    assert_in_order(output, "presses 1", "server: mark", "presses 2", "presses #", "heard all")
+    texts = ["Press a key.", "You pressed 1.", "You pressed 2.", "Bye."]
+    heard = g711.decode(b"".join(map(noise, texts)))
+    assert np.array_equal(recording(tmp_path / "call.wav"), heard)
+
+
+async def test_ctrl_c(tmp_path: Path) -> None:
+    """Ctrl-C leaves no empty recording, nor does it destroy an older one."""
+    silent = "async def script(call):\n    await call.digit()\n    yield 'Never.'\n"
+    (tmp_path / "script.py").write_text(MAIN.format(script=silent))
+    (tmp_path / "older.wav").write_bytes(b"older")
+    for out in ("call.wav", "older.wav"):
+        process = await start(tmp_path, "--script", "script.py", "--out", out)
+        assert process.stdout
+        await process.stdout.readuntil(b"Twilio: start")
+        process.send_signal(signal.SIGINT)
+        _, errors = await process.communicate()
+        assert process.returncode == 130
+        assert b"You rang off" in errors
+    assert (tmp_path / "older.wav").read_bytes() == b"older"
+    assert names(tmp_path) == ["older.wav", "script.py"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--script", "nowhere.py"], "there is no file 'nowhere.py'"),
+        (["--out", "nowhere/call.wav"], "'nowhere/call.wav' cannot be written"),
+        (["--out", "."], "'.' cannot be written"),
+    ],
+)
+async def test_missing_part(tmp_path: Path, arguments: list[str], said: str) -> None:
+    """What is missing is said in one line, before a call is placed for nothing."""
+    process = await start(tmp_path, *arguments)
+    output, errors = await process.communicate()
+    assert process.returncode == 2
+    assert output == b""
+    assert errors.decode().splitlines()[-1].endswith(said)
+
+
+async def test_missing_package(tmp_path: Path) -> None:
+    """A package that is missing is named, with the command that installs it."""
+    (tmp_path / "streamdouble.py").write_text("raise ImportError('No module named streamdouble')")
+    process = await start(tmp_path)
+    _, errors = await process.communicate()
+    assert process.returncode == 2
+    said = "No module named streamdouble: pip install -r tests/requirements.txt\n"
+    assert errors.decode() == said
+
+
 async def test_wrong_key(deepgram: Deepgram, tmp_path: Path) -> None:
-    """A key that Deepgram refuses is told in the server's own words."""
+    """A key that Deepgram rejects is told in the server's own words."""
     key = "a-wrong-key"
     status, _, errors = await demo(tmp_path, DEEPGRAM_API_KEY=key, DEEPGRAM_URL=deepgram.url)
-    assert_refused(status, errors)
+    assert_failed(status, errors)
     assert "The caller did not hear everything: " in errors
     assert "Deepgram answered 401" in errors
     assert "check DEEPGRAM_API_KEY" in errors
@@ -109,29 +205,21 @@ async def test_wrong_key(deepgram: Deepgram, tmp_path: Path) -> None:
 
 
 async def test_speech_cut_short(deepgram: Deepgram, tmp_path: Path) -> None:
-    """When Deepgram breaks off, what was heard is kept, and it is not a success."""
+    """When Deepgram closes mid-response, what was heard is kept, and it is not a success."""
     audio = noise("cut short")
     text = deepgram.answer("cut short", Answer(audio=audio, stop_after=2000))
     settings = {"DEEPGRAM_API_KEY": KEY, "DEEPGRAM_URL": deepgram.url}
     status, _, errors = await demo(tmp_path, "--fast", "--text", text, **settings)
-    assert_refused(status, errors)
-    assert "the call ended: 1011 Deepgram broke off" in errors
+    assert_failed(status, errors)
+    assert "the call ended: 1011 Deepgram closed the connection mid-response" in errors
     assert np.array_equal(recording(tmp_path / "call.wav"), g711.decode(audio[:2000]))
 
 
 async def test_server_that_does_not_start(tmp_path: Path) -> None:
     """What the server says about its settings is passed on."""
     status, _, errors = await demo(tmp_path, DEEPGRAM_API_KEY=KEY, DEEPGRAM_URL="nonsense")
-    assert_refused(status, errors)
+    assert_failed(status, errors)
     assert "the server did not start: DEEPGRAM_URL must be a URL" in errors
-
-
-async def test_file_that_cannot_be_written(tmp_path: Path) -> None:
-    """No call is placed when what is heard could not be kept."""
-    status, output, errors = await demo(tmp_path, "--out", "nowhere/call.wav")
-    assert_refused(status, errors)
-    assert output == ""
-    assert "'nowhere/call.wav' cannot be written: " in errors
 
 
 # The voice

@@ -1,56 +1,38 @@
 """The README's HAProxy, two of our processes behind it, and a restart of each while calls come."""
 
 import asyncio
+import functools
 import os
 import re
 import shutil
 import signal
-import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 
 from tests.deepgram import Deepgram, noise
-from tests.server import MODULE, Server
+from tests.readme import blocks
+from tests.server import Server, reserved_ports
 from tests.telephone import dial
+from tests.waiting import poll
 
-README = MODULE.parent / "README.md"
 CALLERS = 12  # on the line at any time, with half a second of audio at twice its speed each
 SPEED = 2.0
 HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
 
 
-@contextmanager
-def reserved_ports(number: int) -> Iterator[list[int]]:
-    """Yield ports that nobody is given while no server listens on them.
-
-    A socket that is bound to one, with SO_REUSEADDR and without listening, lets servers have it.
-    """
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for reserving in sockets:
-            reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            reserving.bind(("127.0.0.1", 0))
-        yield [reserving.getsockname()[1] for reserving in sockets]
-    finally:
-        for reserving in sockets:
-            reserving.close()
-
-
 def configuration(replacements: dict[str, str]) -> str:
     """Return the README's HAProxy configuration with nothing but these replaced."""
-    (text,) = re.findall(
-        r"^```haproxy\n(.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
+    (text,) = blocks("haproxy")
     for there, here in replacements.items():
         assert text.count(there) == 1, there
         text = text.replace(there, here)
-    return str(text)
+    return text
 
 
 def has_waiting(port: int, connections: int) -> bool:
@@ -74,13 +56,6 @@ def all_up(port: int) -> bool:
         asking.close()
 
 
-async def until(condition: Callable[..., bool], *arguments: int) -> None:
-    """Wait for what nobody tells us of when it becomes true."""
-    async with asyncio.timeout(20):
-        while not condition(*arguments):
-            await asyncio.sleep(0.02)
-
-
 async def until_calls(server: Server, number: int) -> None:
     """Wait until `server` has been given so many more calls."""
     before = server.log.count(" started\n")
@@ -93,14 +68,14 @@ async def haproxy(configuration: Path, all_up_port: int) -> AsyncIterator[None]:
     assert HAPROXY
     process = await asyncio.create_subprocess_exec(HAPROXY, "-db", "-f", configuration)
     try:
-        await until(all_up, all_up_port)
+        await poll(lambda: all_up(all_up_port))
         yield
     finally:
         process.kill()
         await process.wait()
 
 
-class Caller:
+class RepeatCaller:
     """Somebody who calls again and again, and wants other words to be said each time."""
 
     def __init__(self, url: str, trust: ssl.SSLContext, name: str) -> None:
@@ -160,8 +135,8 @@ async def test_rolling_restart(
         servers = {port: await start(port) for port in ports}
         await stack.enter_async_context(haproxy(here, all_up_port))
         url = f"wss://127.0.0.1:{public}/twilio"
-        callers = [Caller(url, trust, f"caller {number}") for number in range(CALLERS)]
-        late = [Caller(url, trust, f"late caller {number}") for number in range(CALLERS)]
+        callers = [RepeatCaller(url, trust, f"caller {number}") for number in range(CALLERS)]
+        late = [RepeatCaller(url, trust, f"late caller {number}") for number in range(CALLERS)]
         enough = asyncio.Event()
         logs = []
         async with asyncio.TaskGroup() as group:
@@ -173,14 +148,14 @@ async def test_rolling_restart(
                 servers[port].signal(signal.SIGSTOP)
                 for caller in late:
                     group.create_task(caller.call())
-                await until(has_waiting, port, CALLERS // 3)
+                await poll(functools.partial(has_waiting, port, CALLERS // 3))
                 logs.append(await stop(servers[port]))
                 await until_calls(servers[other], CALLERS)
                 servers[port] = await start(port)
-                await until(all_up, all_up_port)
+                await poll(lambda: all_up(all_up_port))
                 await until_calls(servers[port], CALLERS)
             enough.set()
-        assert all(re.search(r"stopping: [1-9][0-9]* calls", log) for log in logs)
+        assert all(re.search(r"draining [1-9][0-9]* call\(s\)", log) for log in logs)
         logs += [await stop(server) for server in servers.values()]
         outcomes = re.findall(r" ended: ([^;]+);", "".join(logs))
         assert set(outcomes) <= {"hung up", "drained"}

@@ -1,6 +1,6 @@
 """What the README says is so."""
 
-import dataclasses
+import inspect
 import re
 import shlex
 import subprocess
@@ -12,19 +12,12 @@ import pytest
 
 import twilio_aura
 from tests.deepgram import Deepgram, noise
-from tests.server import MODULE, Server, edited
+from tests.readme import README, blocks
+from tests.server import MODULE, ROOT, Server
 from tests.telephone import dial
 
-ROOT = MODULE.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 SOURCE = MODULE.read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    """Return the README's code blocks in this language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
+(MENU,) = blocks("python")
 COMMANDS = [line for line in blocks("sh")[0].splitlines() if line and not line.startswith("#")]
 
 
@@ -50,56 +43,65 @@ def test_three_commands() -> None:
 
 
 def test_settings() -> None:
-    """The settings are those of the module, with their defaults and purposes."""
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`(.*)`)? \| (.*) \|$", README, re.MULTILINE)
-    assert rows == [
-        (
-            field.name.upper(),
-            "no" if field.default is False else str(field.default),
-            field.metadata["about"],
-        )
-        for field in dataclasses.fields(twilio_aura.Settings)
-    ]
+    """What is written like a setting is one."""
+    names = set(re.findall(r"`([A-Z]+_?[A-Z_]*)(?:=[^`]*)?`", README))
+    assert len(names) > 8
+    assert names <= set(twilio_aura.FIELDS)
 
 
 def test_twiml() -> None:
     """The TwiML is what the server prints, and <Say> comes when the stream is over."""
-    whole, part = blocks("xml")
-    assert whole == twilio_aura.TWIML.format(url="wss://YOUR-HOST/twilio") + "\n"
-    assert [verb.tag for verb in ET.fromstring(whole)] == ["Connect", "Say"]
-    assert {p.attrib["name"] for p in ET.fromstring(part)} == {"text", "model"}
+    (twiml,) = blocks("xml")
+    assert twiml.strip() == twilio_aura.TWIML.format(url="wss://YOUR-HOST/twilio")
+    assert [verb.tag for verb in ET.fromstring(twiml)] == ["Connect", "Say"]
+    for parameter in re.findall(r"`(<Parameter .*?/>)`", README):
+        assert ET.fromstring(parameter).attrib["name"] in ("text", "model")
 
 
-async def test_example_script(deepgram: Deepgram, tmp_path: Path) -> None:
-    """The menu works when it takes the place of the module's script."""
-    (script,) = blocks("python")
+def write(path: Path, source: str) -> Path:
+    """Write one of the README's scripts into a file of its own."""
+    path.write_text(source, encoding="utf-8")
+    return path
+
+
+async def test_menu(deepgram: Deepgram, tmp_path: Path) -> None:
+    """The menu works as a file of its own."""
     settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
     async with (
-        Server(settings, module=edited(tmp_path, script)) as server,
+        Server(settings, write(tmp_path / "menu.py", MENU)) as server,
         dial(server.url, parameters={"name": "Ada"}) as phone,
     ):
         for number, key in enumerate("17*", 1):
             await phone.until_mark(number)
             await phone.press(key)
         assert await phone.until_closed() == 1000
-    said = [request.text for request in deepgram.requests if request.text in script]
-    assert said == [
+    texts = [
+        "Hello Ada. Press 1 for our opening hours, or star to end.",
         "We are open from nine to five.",
-        "Please press 1, 2 or star.",
+        "Please press 1 or star.",
         "Goodbye.",
     ]
-    menu = "Hello Ada. Press 1 for our opening hours, 2 for the address, or star to end."
-    assert phone.sent == b"".join(map(noise, [menu, *said]))
+    assert phone.received == b"".join(map(noise, texts))
+
+
+def test_script_files(tmp_path: Path) -> None:
+    """A script file has the module's --help and exit statuses."""
+    for source in (MENU,):
+        command = [sys.executable, str(write(tmp_path / "script.py", source))]
+        environment = {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*command, "--help"], env=environment, capture_output=True, check=True
+        )
+        assert b"usage: script.py" in done.stdout
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith(b"DEEPGRAM_API_KEY is neither set nor in ")
 
 
 def test_tour() -> None:
     """The parts stand in the module in the order of the tour."""
     _, tour = README.split("from top to bottom:")
-    names = [
-        name
-        for row in re.findall(r"^\| (`.*`) \| ", tour.split("\n\n")[1], re.MULTILINE)
-        for name in re.findall(r"`(\w+)`", row)
-    ]
+    names = re.findall(r"`(\w+)`", tour.split("\n\n")[0])
     assert len(names) > 8
     places = [
         re.search(rf"^(?:class|def|async def) {name}\b", SOURCE, re.MULTILINE) for name in names
@@ -111,10 +113,12 @@ def test_tour() -> None:
 
 def test_outcomes() -> None:
     """Each way in which a call ends is explained, with its close code."""
-    outcomes = re.findall(r'\.end\((\d{4}), "([^"]+)"', SOURCE)
+    outcomes = re.findall(r'\.end\((\d{4}), f?"([^"]+)"', SOURCE)
+    outcomes.append(("1011", "no audio for {MAX_SILENCE_SECONDS:.0f} s"))
     assert len(outcomes) >= 6
     for code, outcome in outcomes:
-        row = next(row for row in README.splitlines() if row.startswith("|") and outcome in row)
+        text = outcome.format(**vars(twilio_aura))
+        row = next(row for row in README.splitlines() if row.startswith("|") and text in row)
         assert code in row or outcome == "hung up"
 
 
@@ -132,3 +136,10 @@ def test_links() -> None:
     """What is linked to in the repository is there."""
     for target in re.findall(r"\]\(([^):#]+)\)", README):
         assert (ROOT / target).exists()
+
+
+def test_length() -> None:
+    """The README is read in a sitting, and so is the module, whatever its `script` says."""
+    assert len(README.splitlines()) <= 280
+    script = inspect.getsource(twilio_aura.script)
+    assert len(SOURCE.splitlines()) - len(script.splitlines()) <= 772
