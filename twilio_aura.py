@@ -39,10 +39,17 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
-import requests
-from dotenv.parser import parse_stream
-from websockets import ConnectionClosed, Headers, Request, Response, ServerConnection, State
-from websockets.asyncio.server import broadcast, serve
+try:
+    from asyncio import Timeout  # Python 3.10 lacks it
+
+    import requests
+    from dotenv.parser import parse_stream
+    from websockets import ConnectionClosed, Headers, Request, Response, ServerConnection, State
+    from websockets.asyncio.server import broadcast, serve
+except ImportError as error:
+    need = f"Python 3.11 or newer, and {sys.executable} -m pip install -r requirements.txt"
+    print(f"{error}: this needs {need}", file=sys.stderr)
+    sys.exit(2)
 
 log = logging.getLogger("twilio_aura")
 # The same message once a second at most (else a cache hit): what fails must not fill the log.
@@ -85,7 +92,7 @@ class Call:
         self._changed = asyncio.Event()  # set after each message but media, and by drain()
         self._ended: asyncio.Future[tuple[int, str]] = self._loop.create_future()  # code, outcome
         self._draining = self._warned = False
-        self._interrupt: asyncio.Timeout | None = None  # a key press makes it expire
+        self._interrupt: Timeout | None = None  # a key press makes it expire
         # Loop time at which all sent will have been played; 0.0: nothing unheard, inf: unknown.
         self._unheard_until = 0.0
         # For the log: loop times and seconds of audio. Audio itself is for the cache alone to keep.

@@ -225,6 +225,23 @@ def test_help() -> None:
     assert EXAMPLE.split("\n\n", 1)[1].strip() in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("without", "why"),
+    [
+        ("requests", "import of requests halted; None in sys.modules"),  # as if not installed
+        ("asyncio", "cannot import name 'Timeout' from 'asyncio' (unknown location)"),
+    ],
+)
+def test_what_is_needed(without: str, why: str) -> None:
+    """An older Python, or one without the packages, is told what is needed, in a line."""
+    lack = {"requests": "None", "asyncio": "types.ModuleType('asyncio')"}[without]
+    program = f"import sys, types; sys.modules[{without!r}] = {lack}; import twilio_aura"
+    done = run(sys.executable, "-c", program)
+    need = f"Python 3.11 or newer, and {sys.executable} -m pip install -r requirements.txt"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{why}: this needs {need}\n"
+
+
 def test_example() -> None:
     """Each setting has its default and a line in .env.example, and no other stands there."""
     example = EXAMPLE.split("\n\n", 1)[1]
