@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import difflib
 import errno
 import functools
 import gc
@@ -525,6 +526,9 @@ class Settings:
             if is_broken:
                 line += source.removesuffix(source.lstrip()).count("\n")
                 raise SettingsError(f'Cannot parse {path}, line {line}: write NAME="value".')
+            if name and name not in FIELDS:
+                for meant in difflib.get_close_matches(name.upper(), FIELDS, 1, cutoff=0.75):
+                    log.warning("%s: %s is not a setting; did you mean %s?", path, name, meant)
             texts[name or ""] = text or ""
         texts |= {name: text for name, text in os.environ.items() if text.strip()}
         for name, (kind, valid, _) in FIELDS.items():

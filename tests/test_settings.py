@@ -210,6 +210,26 @@ async def test_dotenv_that_cannot_be_parsed(tmp_path: Path, before: str) -> None
     await fails(pattern, {}, cwd=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("CLOSE_AFTER_SPEACH", "CLOSE_AFTER_SPEECH"),
+        ("port", "PORT"),
+        ("PROT", "PORT"),
+        ("DEEPGRAM_KEY", "DEEPGRAM_API_KEY"),
+    ],
+)
+async def test_misspelt_name(tmp_path: Path, deepgram: Deepgram, written: str, meant: str) -> None:
+    """A name in .env that is nearly a setting's is warned of, with what was probably meant."""
+    (tmp_path / ".env").write_text(f"{written}=0\nCOMPOSE_PROJECT_NAME=voice\n")
+    async with Server({"DEEPGRAM_URL": deepgram.url}, cwd=tmp_path) as server:
+        path = re.escape(str(tmp_path / ".env"))
+        (line,) = server.lines("is not a setting")
+        assert re.search(
+            f"WARNING {path}: {written} is not a setting; did you mean {meant}\\?", line
+        )
+
+
 # What is printed
 
 
