@@ -285,7 +285,8 @@ CONNECT_SECONDS = 2.5  # room for one lost packet, and three tries within MAX_SI
 READ_SECONDS = 5.0  # without a byte; Deepgram's first usually comes after 0.2 to 0.4 s
 RETRY_PAUSES_SECONDS = (0.25, 0.5)  # after 429 and 5xx; a broken connection is retried at once
 MAX_SPEECH_SECONDS = 600  # of audio; 2000 characters take two or three minutes
-ADVICE = {  # by HTTP status
+ADVICE = {  # by HTTP status, or by the number of an OSError
+    errno.EMFILE: "raise the limit of open files (ulimit -n, LimitNOFILE) or lower MAX_CALLS",
     400: "check DEEPGRAM_MODEL, or the TwiML's model parameter",
     401: "check DEEPGRAM_API_KEY",
     402: "add credit at console.deepgram.com",
@@ -456,7 +457,8 @@ class TextToSpeech:
                 reason = "Deepgram timed out"
             elif response is not None:
                 reason = "Deepgram closed the connection mid-response"
-            speech.failure = SpeechFailed(reason, f"{cause}; {DEFAULT_ADVICE}")
+            advice = ADVICE.get(getattr(cause, "errno", 0), DEFAULT_ADVICE)
+            speech.failure = SpeechFailed(reason, f"{cause}; {advice}")
         with contextlib.suppress(RuntimeError):  # the event loop has ended, with the server
             speech.loop.call_soon_threadsafe(speech.ended.set)
 
@@ -625,8 +627,19 @@ class Server:
     async def run(self) -> int:
         """Serve until a signal; return the exit status, raise SettingsError if it cannot listen."""
         loop, host, port = asyncio.get_running_loop(), self._settings.host, self._settings.port
+        loop.set_exception_handler(on_loop_error)
         for signum in (signal.SIGINT, signal.SIGTERM):  # loop.add_signal_handler is not for Windows
             signal.signal(signum, lambda *_: loop.call_soon_threadsafe(self._exits.put_nowait, 0))
+        with contextlib.suppress(ImportError, ValueError):  # Windows has none; macOS allows less
+            from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+
+            soft, hard = getrlimit(RLIMIT_NOFILE)  # -1: infinite
+            others = self._settings.deepgram_concurrency + 32  # and whatever else is open
+            limit = min(self._settings.max_calls + others, hard % 2**63)
+            if 0 <= soft < limit:
+                setrlimit(RLIMIT_NOFILE, (limit, hard))
+            if limit < self._settings.max_calls + others:
+                log.warning("raise ulimit -n %d: only %d calls fit", limit, max(0, limit - others))
         options: dict[str, Any] = {"create_connection": Connection, "max_size": 2**16}  # bytes
         options |= {"process_request": self._process_request, "ssl": tls_context(self._settings)}
         try:
@@ -670,6 +683,15 @@ class Server:
         if not ended.done():
             log.error("a script ignores its cancellation: exiting all the same")
             os._exit(status)  # asyncio.run() would wait for it
+
+
+def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what asyncio could not do; a lack of file descriptors in one line."""
+    error = context.get("exception")
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        log_error(f"cannot accept a call: {error}; {ADVICE[error.errno]}", int(loop.time()))
+    else:
+        loop.default_exception_handler(context)
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:

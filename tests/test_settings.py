@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -353,3 +354,63 @@ async def test_ngrok(deepgram: Deepgram, answer: str, public_url: str, host: str
         )
         assert f'url="wss://{host}/twilio"' in server.output
         assert (hint in server.output) == (host == "YOUR-HOST")
+
+
+# The limit of open files
+
+
+needs_prlimit = pytest.mark.skipif(not shutil.which("prlimit"), reason="prlimit is Linux's")
+
+
+@needs_prlimit
+async def test_file_limit_is_raised(deepgram: Deepgram) -> None:
+    """The soft limit of open files is raised to what the settings need."""
+    script = (
+        "import resource\n"
+        "async def script(call):\n"
+        "    yield f'Up to {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files.'\n"
+    )
+    settings = {"MAX_CALLS": "900", "DEEPGRAM_CONCURRENCY": "15"}
+    async with (
+        Server(
+            {"DEEPGRAM_URL": deepgram.url, **settings},
+            script,
+            prefix=["prlimit", "--nofile=256:5000"],
+        ) as server,
+        dial(server.url) as phone,
+    ):
+        await phone.until_heard(noise("Up to 947 files."))
+        assert "ulimit" not in server.log
+
+
+@needs_prlimit
+async def test_file_limit_too_low(deepgram: Deepgram) -> None:
+    """Where the hard limit is lower, one warning says how many calls fit."""
+    settings = {"DEEPGRAM_URL": deepgram.url, "MAX_CALLS": "900"}
+    async with Server(settings, prefix=["prlimit", "--nofile=100:100"]) as server:
+        (line,) = server.lines("ulimit")
+        assert "WARNING raise ulimit -n 100: only 53 calls fit" in line
+
+
+@needs_prlimit
+async def test_out_of_files(deepgram: Deepgram) -> None:
+    """Out of descriptors, the server says so once a second at most, and recovers."""
+    prefix = ["prlimit", "--nofile=64:64"]
+    async with Server({"DEEPGRAM_URL": deepgram.url}, prefix=prefix) as server:
+        async with dial(server.url) as first:
+            await first.until_heard(noise(GREETING))
+            writers = []
+            for _ in range(100):
+                _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+                writers.append(writer)
+            line = await server.logged("ERROR cannot accept a call")
+            assert "Too many open files; raise the limit of open files (ulimit -n" in line
+            await first.press("1")  # who is there is served
+            for writer in writers:
+                writer.transport.abort()
+            await first.hang_up()
+        async with dial(server.url) as phone:
+            await phone.until_heard(noise(GREETING))
+        assert "Traceback" not in server.log
+        times = [line.split(",")[0] for line in server.lines("cannot accept a call")]
+        assert len(times) <= len(set(times)) + 1
