@@ -564,7 +564,13 @@ OS_ADVICE = {
 
 
 class Connection(ServerConnection):
-    """A connection that closes however it was lost."""
+    """A connection that logs why its handshake failed, and closes however it was lost."""
+
+    async def handshake(self, *args: Any) -> None:
+        """Perform the opening handshake; log at DEBUG why websockets itself rejects one."""
+        await super().handshake(*args)
+        if exc := self.protocol.handshake_exc:
+            log.debug("rejected a handshake from %s: %s", self.remote_address, exc.__cause__ or exc)
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close it; quietly, if it was lost while its last data was sent."""
@@ -597,6 +603,7 @@ class Server:
         else:
             return None  # websockets itself gives a 503 when shutting down
         response = ws.respond(status, body if request.method != "HEAD" else "")
+        response.headers["Allow"] = "GET, HEAD"
         if request.path == HEALTH_PATH:
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = "application/json"

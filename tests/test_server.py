@@ -245,7 +245,23 @@ async def test_plain_http(server: Server, method: str, path: str, status: int) -
     before = server.log
     response = await http(server, method, path)
     assert response.status_code == status
+    assert status != 405 or response.headers["Allow"] == "GET, HEAD"
     assert server.log == before
+
+
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (b"GET /twilio HTTP/1.1\r\nHost: a\r\n\r\n", "Connection header"),
+        (callers.HANDSHAKE.replace(b"HTTP/1.1", b"HTTP/1.0"), "HTTP/1.0"),
+        (b"POST /twilio HTTP/1.1\r\nContent-Length: 3\r\n\r\na=b", "request body"),
+    ],
+)
+async def test_rejected_by_websockets(closes_after_speech: Server, sent: bytes, why: str) -> None:
+    """A handshake that websockets rejects on its own is told at DEBUG, with the reason."""
+    await exchange(closes_after_speech, sent, eof=True)
+    pattern = rf"DEBUG rejected a handshake from \('127.0.0.1', \d+\): .*{why}"
+    await closes_after_speech.logged(pattern)
 
 
 async def exchange(server: Server, sent: bytes, *, eof: bool = False) -> bytes:
