@@ -57,15 +57,16 @@ log = logging.getLogger("twilio_aura")
 log_error = functools.lru_cache(lambda message, _second: log.error("%s", message))
 
 # --- What is said ---------------------------------------------------------------------------------
-Script = Callable[["Call"], AsyncGenerator[str, None]]
+Text = str | AsyncIterable[str]
+Script = Callable[["Call"], AsyncGenerator[Text, None]]
 
 
-async def script(call: Call) -> AsyncGenerator[str, None]:
+async def script(call: Call) -> AsyncGenerator[Text, None]:
     """Yield the texts to speak, in order.
 
-    Each `yield` returns once the caller has heard the text or interrupted it with a key.
-    `call.parameters` has the TwiML's <Parameter>s, and `await call.digit()` is the next key
-    pressed.
+    Each `yield` returns once the caller has heard the text or interrupted it with a key. A text may
+    also be an async iterable of its pieces, spoken while it is written. `call.parameters` has the
+    TwiML's <Parameter>s, and `await call.digit()` is the next key pressed.
     """
     yield call.parameters.get("text") or call.settings.greeting
 
@@ -220,7 +221,7 @@ class Call:
                 log.exception("%s: the script failed", self)
                 self.end(1011, "the script failed")
 
-    async def _say(self, text: str) -> None:
+    async def _say(self, text: Text) -> None:
         """Return when the caller has heard `text` or pressed a key; raise SpeechFailed."""
         sent_before, self._unheard_until = self._sent_seconds, 0.0
         model = self.parameters.get("model") or self.settings.deepgram_model
@@ -301,11 +302,21 @@ SENTENCES = r"""(?s:\S.{0,1999}(?:(?<=[。！？])|(?:(?<=[.!?…])|(?<=[.!?…]
 PIECE = rf"(?s:\S.{{0,1999}}\Z|{SENTENCES}|\S.{{0,1999}}(?=\s)|\S.{{0,1999}})"
 
 
-async def split_text(text: str) -> AsyncGenerator[str, None]:
-    """Cut `text` into requests, at sentence ends if possible; raise TypeError if it is no str."""
-    if not isinstance(text, str):
-        raise TypeError(f"a script yields str, not {type(text).__name__}")
-    for piece in re.findall(PIECE, text.strip()):
+async def split_text(text: Text) -> AsyncGenerator[str, None]:
+    """Cut `text` into requests, at sentence ends if possible, as it is written; raise TypeError."""
+    if not isinstance(text, str | AsyncIterable):
+        raise TypeError(f"a script yields str or async iterables of str, not {type(text).__name__}")
+    rest = text if isinstance(text, str) else ""
+    if isinstance(text, AsyncIterable):
+        parts: Any = aiter(text)
+        closing: Any = contextlib.aclosing if hasattr(parts, "aclose") else contextlib.nullcontext
+        async with closing(parts):  # so that whoever is writing stops, too
+            async for part in parts:
+                rest = (rest + part).lstrip()
+                while cut := re.match(PIECE if len(rest) > 2000 else SENTENCES, rest):
+                    yield cut[0].rstrip()
+                    rest = rest[cut.end() :].lstrip()
+    for piece in re.findall(PIECE, rest.strip()):
         yield piece.rstrip()
 
 
@@ -386,7 +397,7 @@ class TextToSpeech:
         environment = requests.Session().merge_environment_settings(url, {}, True, None, None)
         self._options: Any = environment | {"timeout": (CONNECT_SECONDS, READ_SECONDS)}
 
-    async def synthesize(self, text: str, model: str) -> AsyncGenerator[Speech, None]:
+    async def synthesize(self, text: Text, model: str) -> AsyncGenerator[Speech, None]:
         """Yield the speech of each piece of `text`, the next one being fetched meanwhile."""
         if isinstance(text, str) and 0 < len(text.strip()) <= 2000:  # one piece: saves 25 µs
             yield self._get((model, text.strip()))

@@ -577,7 +577,7 @@ async def test_no_text(deepgram: Deepgram, value: str) -> None:
     async with Server({"DEEPGRAM_URL": deepgram.url}, script) as server:
         async with dial(server.url) as phone:
             assert await phone.until_closed() == 1011
-        assert await server.logged("a script yields str, not ")
+        assert await server.logged("a script yields str or async iterables of str, not ")
         assert "the script failed" in await ended(server, phone)
 
 

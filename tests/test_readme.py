@@ -17,7 +17,7 @@ from tests.server import MODULE, ROOT, Server
 from tests.telephone import dial
 
 SOURCE = MODULE.read_text(encoding="utf-8")
-(MENU,) = blocks("python")
+MENU, ANSWER = blocks("python")
 COMMANDS = [line for line in blocks("sh")[0].splitlines() if line and not line.startswith("#")]
 
 
@@ -84,9 +84,29 @@ async def test_menu(deepgram: Deepgram, tmp_path: Path) -> None:
     assert phone.received == b"".join(map(noise, texts))
 
 
+async def test_answer(deepgram: Deepgram, tmp_path: Path) -> None:
+    """So does the answer that is spoken while it is written, in less than thirty lines."""
+    assert len(ANSWER.splitlines()) < 30
+    async with (
+        Server({"DEEPGRAM_URL": deepgram.url}, write(tmp_path / "answer.py", ANSWER)) as server,
+        dial(server.url) as phone,
+    ):
+        await phone.until_mark()
+        for key in "42#":
+            await phone.press(key)
+        await phone.until_mark(2)
+    texts = [
+        "Hello! Press some digits, then the pound key.",
+        "You pressed 42.",
+        "That is all I know.",
+        "Ask me something else.",
+    ]
+    assert phone.received == b"".join(map(noise, texts))
+
+
 def test_script_files(tmp_path: Path) -> None:
     """A script file has the module's --help and exit statuses."""
-    for source in (MENU,):
+    for source in (MENU, ANSWER):
         command = [sys.executable, str(write(tmp_path / "script.py", source))]
         environment = {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(

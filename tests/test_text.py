@@ -1,15 +1,30 @@
-"""How texts are cut."""
+"""How texts are cut, and how one is spoken while it is being written."""
 
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.deepgram import Answer, Deepgram, noise
+from tests.server import Server
+from tests.telephone import dial
 from twilio_aura import split_text
 
 
-async def cut(text: str) -> list[str]:
-    """Return the pieces of a text."""
-    return [piece async for piece in split_text(text)]
+async def cut(*parts: str) -> list[str]:
+    """Return the pieces of a text that is written in these parts; of a str, if it is one."""
 
+    async def write() -> AsyncIterator[str]:
+        for part in parts:
+            yield part
+
+    return [piece async for piece in split_text(parts[0] if len(parts) == 1 else write())]
+
+
+# Cutting
 
 characters = st.sampled_from("ab .!?。\"'\n")
 
@@ -20,6 +35,25 @@ async def test_pieces(text: str) -> None:
     pieces = await cut(text)
     assert all(0 < len(piece) <= 2000 and piece == piece.strip() for piece in pieces)
     assert "".join("".join(pieces).split()) == "".join(text.split())
+
+
+@given(st.lists(st.text(characters, max_size=900) | st.just(""), min_size=2, max_size=9))
+async def test_written_pieces(parts: Sequence[str]) -> None:
+    """So have those of a text in parts, whatever the parts; and each but the last is sentences."""
+    pieces = await cut(*parts)
+    assert all(0 < len(piece) <= 2000 and piece == piece.strip() for piece in pieces)
+    assert "".join("".join(pieces).split()) == "".join("".join(parts).split())
+    rest = "".join(parts)
+    for piece in pieces[:-1]:
+        rest = rest[rest.index(piece) + len(piece) :]
+        assert len(piece) > 1000 or piece.rstrip("\"'")[-1] in ".!?。"
+
+
+async def test_single_characters() -> None:
+    """Written character by character, a text is cut after each sentence."""
+    text = 'He said "No!" twice. It costs 3.14 dollars… 東京。 いいえ。End'
+    sentences = ['He said "No!"', "twice.", "It costs 3.14 dollars…", "東京。", "いいえ。", "End"]
+    assert await cut(*text) == sentences
 
 
 async def test_piece_ends() -> None:
@@ -36,3 +70,320 @@ async def test_piece_ends() -> None:
     number = "3.14 " * 399 + "e."
     assert await cut(f"{number} " + "x " * 10) == [number, ("x " * 10).strip()]
     assert await cut("あ" * 1500 + "。" + "い" * 1500) == ["あ" * 1500 + "。", "い" * 1500]
+    assert await cut("a" * 1500, "a" * 1500) == ["a" * 2000, "a" * 1000]
+
+
+# Speaking what is being written
+
+SCRIPT = """
+import os
+
+async def write(call):
+    # What the caller's parameters say, and a pause wherever they have a gate.
+    try:
+        for part in call.parameters["parts"].split("|"):
+            while part.startswith("/") and not os.path.exists(part):
+                await asyncio.sleep(0.01)
+            if part == "fail":
+                raise ZeroDivisionError("the model is gone")
+            if part == "wait":
+                await asyncio.sleep(1.4)
+            yield {"fail": "", "wait": "", "None": None}.get(part, "" if part[:1] == "/" else part)
+    finally:
+        print(call.sid, "the model has stopped", file=sys.stderr, flush=True)
+
+async def script(call):
+    text = write(call)  # so that it is closed, and not only garbage
+    yield text
+    yield "After it."
+"""
+
+
+@pytest.fixture(scope="module")
+async def writing(deepgram: Deepgram) -> AsyncIterator[Server]:
+    """Return a server whose script speaks texts while it writes them."""
+    settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
+    async with Server(settings, SCRIPT) as running:
+        yield running
+        assert "never retrieved" not in running.log
+
+
+def texts(*pieces: str) -> bytes:
+    """Return the audio of these, one after the other."""
+    return b"".join(map(noise, pieces))
+
+
+async def test_while_it_is_written(writing: Server, deepgram: Deepgram, tmp_path: Path) -> None:
+    """A sentence is asked for when it is complete, the next one while it is spoken; one mark."""
+    gate, second_gate = tmp_path / "gate", tmp_path / "second gate"
+    parts = f"The first| one. The|{gate}| second one. |{second_gate}|The| rest"
+    async with dial(writing.url, parameters={"parts": parts}) as phone:
+        await phone.until(lambda: len(phone.received) == len(noise("The first one.")))
+        assert not deepgram.asked("The")
+        gate.touch()
+        await phone.until(
+            lambda: len(phone.heard) >= len(texts("The first one.", "The second one."))
+        )
+        assert phone.named("mark") == []
+        assert f"{phone.call_sid} the model has stopped" not in writing.log
+        second_gate.touch()
+        assert await phone.until_closed() == 1000
+        pieces = "The first one.", "The second one.", "The rest", "After it."
+        assert phone.heard == texts(*pieces)
+        assert len(phone.named("mark")) == 2
+    assert [len(deepgram.asked(piece)) for piece in pieces] == [1, 1, 1, 1]
+
+
+async def test_next_sentence_ahead(writing: Server, deepgram: Deepgram) -> None:
+    """While a sentence is spoken the next one is asked for, and none after that."""
+    go = asyncio.Event()
+    deepgram.answer("Ahead one.", Answer(gate=go))
+    async with dial(
+        writing.url, parameters={"parts": "Ahead one. |Ahead two. |Ahead three. "}
+    ) as phone:
+        await phone.until_sound()
+        await deepgram.until_asked("Ahead two.")
+        assert not deepgram.asked("Ahead three.")
+        go.set()
+        assert await phone.until_closed() == 1000
+
+
+async def test_no_gap(deepgram: Deepgram) -> None:
+    """Written faster than it is spoken, a text is heard without silence in between."""
+    pieces = [f"Without gap {number}." for number in range(6)]
+    # It plays so slowly that only a server that waits for it would leave a gap.
+    async with (
+        Server({"DEEPGRAM_URL": deepgram.url}, SCRIPT) as server,
+        dial(server.url, parameters={"parts": " |".join(pieces)}, speed=0.02) as phone,
+    ):
+        await phone.until(lambda: len(phone.received) == len(texts(*pieces)))
+        assert len(phone.heard) < len(noise(pieces[0]))
+
+
+@pytest.mark.parametrize("how", ["key", "hang-up", "failure", "stop"])
+async def test_model_is_stopped(deepgram: Deepgram, tmp_path: Path, how: str) -> None:
+    """Whatever ends a text stops at once whoever writes it, and nothing more is asked for."""
+    parts = f"Stopped by {how}. |{tmp_path / 'gate'}|Never by {how}."
+    settings = {"DEEPGRAM_URL": deepgram.url, "DRAIN_SECONDS": "0"}
+    if how == "failure":
+        deepgram.answer(f"Stopped by {how}.", Answer(stop_after=2000))
+    async with Server(settings, SCRIPT) as server:
+        async with dial(server.url, parameters={"parts": parts}) as phone:
+            await phone.until_sound()
+            match how:
+                case "key":
+                    await phone.press("5")
+                    await phone.until(lambda: ("clear", "") in phone.events)
+                case "hang-up":
+                    await phone.hang_up()
+                case "failure":
+                    assert await phone.until_closed() == 1011
+                case "stop":
+                    server.signal()
+            await server.logged(f"{phone.call_sid} the model has stopped")
+        assert "Traceback" not in server.log
+    assert not deepgram.asked(f"Never by {how}.")
+
+
+async def test_model_is_stopped_while_it_waits(deepgram: Deepgram) -> None:
+    """So is one that is two sentences ahead, and so waits for the first to be spoken."""
+    go = asyncio.Event()
+    deepgram.answer("Long first.", Answer(gate=go))
+    parts = "Long first. |Second, ahead. |Third, never. |Fourth. "
+    async with (
+        Server(
+            {"DEEPGRAM_URL": deepgram.url},
+            SCRIPT,
+            MARK_GRACE_SECONDS=1000,
+            MAX_SILENCE_SECONDS=1000,
+        ) as server,
+        dial(server.url, parameters={"parts": parts}, returns_marks=False) as phone,
+    ):
+        await phone.until_sound()
+        await deepgram.until_asked("Second, ahead.")
+        await phone.press("5")
+        await server.logged(f"{phone.call_sid} the model has stopped")  # not only at the end
+        await phone.until(lambda: phone.heard.endswith(noise("After it.")))
+    go.set()
+    assert not deepgram.asked("Third, never.")
+
+
+async def test_model_is_stopped_by_a_failure_ahead(deepgram: Deepgram) -> None:
+    """When the next sentence fails, the model stops at once; the one before it is heard."""
+    go = asyncio.Event()
+    deepgram.answer("Good, ahead.", Answer(gate=go))
+    deepgram.answer("Bad, ahead.", Answer(status=400, body=b"no"))
+    parts = "Good, ahead. |Bad, ahead. |Never after the bad one. |And more. "
+    async with (
+        Server({"DEEPGRAM_URL": deepgram.url}, SCRIPT) as server,
+        dial(server.url, parameters={"parts": parts}, speed=0.5) as phone,
+    ):
+        await phone.until_sound()
+        await server.logged("ERROR Deepgram answered 400")
+        go.set()
+        await server.logged(f"{phone.call_sid} the model has stopped")
+        assert len(phone.heard) < len(noise("Good, ahead."))
+        assert await phone.until_closed() == 1011
+        assert phone.heard == noise("Good, ahead.")
+    assert not deepgram.asked("Never after the bad one.")
+
+
+HANGS_WHEN_STOPPED = """
+async def write():
+    try:
+        yield "Before it hangs. "
+        await asyncio.sleep(3600)
+    finally:
+        await asyncio.sleep(3600)
+
+async def script(call):
+    yield write()
+    yield "After it hung."
+"""
+
+
+async def test_model_that_hangs_when_stopped(deepgram: Deepgram) -> None:
+    """A model whose end hangs keeps no caller in silence: neither after a key nor for ever."""
+    settings = {"DEEPGRAM_URL": deepgram.url}
+    async with Server(
+        settings, HANGS_WHEN_STOPPED, CLOSE_SECONDS=0.3, MAX_SILENCE_SECONDS=1.0
+    ) as server:
+        async with dial(server.url) as phone:
+            await phone.until(lambda: len(phone.heard) == len(noise("Before it hangs.")))
+            assert await phone.until_closed() == 1011
+            assert phone.ws.close_reason == "no audio for 1 s"
+        async with dial(server.url, speed=0.5) as phone:
+            await phone.until_sound()
+            await phone.press("1")
+            await phone.until(lambda: phone.heard.endswith(noise("After it hung.")))
+        await server.logged(f"{phone.call_sid} ended: hung up")
+
+
+async def test_drain(deepgram: Deepgram, tmp_path: Path) -> None:
+    """A drain lets the text that is being written end, and no other one begin."""
+    gate = tmp_path / "gate"
+    settings = {"DEEPGRAM_URL": deepgram.url}
+    async with Server(settings, SCRIPT) as server:
+        parts = f"Drained one. |{gate}|Drained two."
+        async with dial(server.url, parameters={"parts": parts}) as phone:
+            await phone.until_sound()
+            server.signal()
+            await server.logged("draining")
+            gate.touch()
+            assert await phone.until_closed() == 1000
+            assert phone.heard == texts("Drained one.", "Drained two.")
+        assert await server.end() == 0
+
+
+async def test_model_that_fails(writing: Server, deepgram: Deepgram) -> None:
+    """What was complete when the writing failed is heard; then it is the script's failure."""
+    async with dial(writing.url, parameters={"parts": "It fails. |But now|fail"}) as phone:
+        assert await phone.until_closed() == 1011
+        assert phone.heard == noise("It fails.")
+        assert phone.ws.close_reason == "the script failed"
+    await writing.logged(f"{phone.call_sid} ended: the script failed")
+    assert writing.log.count("ZeroDivisionError: the model is gone") == 1
+    assert not deepgram.asked("But now")
+
+
+async def test_part_that_is_no_text(writing: Server) -> None:
+    """A part that is no str is the script's failure."""
+    async with dial(writing.url, parameters={"parts": "No text follows. |None"}) as phone:
+        assert await phone.until_closed() == 1011
+        assert phone.heard == noise("No text follows.")
+    assert writing.lines("TypeError: .*str.*NoneType")
+
+
+async def test_pause(deepgram: Deepgram, tmp_path: Path) -> None:
+    """The silence that is too long counts from the end of what was heard."""
+    settings = {"DEEPGRAM_URL": deepgram.url}
+    sound = (noise("a pause") * 3)[:8000]  # 1 s
+    deepgram.answer("A pause.", Answer(sound))
+    async with Server(settings, SCRIPT, MAX_SILENCE_SECONDS=1.0) as server:
+        parts = f"A pause. |wait|Then more. |{tmp_path / 'never'}|"
+        async with dial(server.url, parameters={"parts": parts}) as phone:
+            assert await phone.until_closed() == 1011
+            assert phone.heard == sound + noise("Then more.")
+        await server.logged(f"{phone.call_sid} ended: no audio for 1 s")
+
+
+async def test_nothing_written(writing: Server) -> None:
+    """White space and empty parts are nothing."""
+    async with dial(writing.url, parameters={"parts": " |\n|| "}) as phone:
+        assert await phone.until_closed() == 1000
+        assert phone.heard == noise("After it.")
+
+
+async def test_cached(writing: Server, deepgram: Deepgram) -> None:
+    """Sentences are cached one by one, whatever the parts in which they are written."""
+    for parts in ("Cached one. |Cached two.", "Cac|hed one. Cached| two."):
+        async with dial(writing.url, parameters={"parts": parts}) as phone:
+            assert await phone.until_closed() == 1000
+            assert phone.heard == texts("Cached one.", "Cached two.", "After it.")
+    assert [len(deepgram.asked(text)) for text in ("Cached one.", "Cached two.")] == [1, 1]
+
+
+ITERATOR = """
+class Words:
+    def __init__(self):
+        self.words = ["No ", "generator. ", "But ", "good."]
+    def __aiter__(self):
+        return self
+    async def __anext__(self):
+        if not self.words:
+            raise StopAsyncIteration
+        return self.words.pop(0)
+
+async def script(call):
+    yield Words()
+"""
+
+
+async def test_any_async_iterable(deepgram: Deepgram) -> None:
+    """Any async iterable will do, also one that cannot be closed."""
+    settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
+    async with Server(settings, ITERATOR) as server, dial(server.url) as phone:
+        assert await phone.until_closed() == 1000
+        assert phone.heard == texts("No generator.", "But good.")
+
+
+WITHIN_A_TIME_OUT = """
+async def write():
+    try:
+        async with asyncio.timeout(0.3):
+            yield "Quick at first. "
+            yield "And then. "
+            await asyncio.sleep(1000)
+    except TimeoutError:
+        yield "That is all."
+
+async def script(call):
+    yield write()
+"""
+
+
+async def test_time_out_around_what_it_writes(deepgram: Deepgram) -> None:
+    """A generator is run by one task, so that a time-out may be around what it yields."""
+    settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
+    async with Server(settings, WITHIN_A_TIME_OUT) as server, dial(server.url) as phone:
+        assert await phone.until_closed() == 1000
+        assert phone.heard == texts("Quick at first.", "And then.", "That is all.")
+
+
+TIMES_OUT = """
+async def write():
+    yield "It times out. "
+    raise TimeoutError("the model timed out")
+
+async def script(call):
+    yield write()
+"""
+
+
+async def test_time_out_of_its_own(deepgram: Deepgram) -> None:
+    """A time-out of the model's is not taken for the server's own."""
+    async with Server({"DEEPGRAM_URL": deepgram.url}, TIMES_OUT) as server:
+        async with dial(server.url) as phone:
+            assert await phone.until_closed() == 1011
+            assert phone.ws.close_reason == "the script failed"
+        assert await server.logged("TimeoutError: the model timed out")
