@@ -1,1 +1,1 @@
-"""Tests and a demo of twilio_aura, on real sockets."""
+"""Tests, a demo and a benchmark of twilio_aura, on real sockets."""
