@@ -525,6 +525,29 @@ async def test_script_that_hangs_at_its_end(deepgram: Deepgram) -> None:
         assert "ended: hung up" in await ended(server, phone)
 
 
+TIDIES_UP = """
+async def script(call):
+    try:
+        yield call.parameters["text"]
+    finally:
+        await asyncio.sleep(0.1)
+        print(call.sid, "is tidied up", file=sys.stderr, flush=True)
+"""
+
+
+async def test_script_has_time_to_end(deepgram: Deepgram) -> None:
+    """When Deepgram fails or the caller hangs up, a script may do something at its end."""
+    text = deepgram.answer("rejected, and tidied up", Answer(status=400, body=b"no"))
+    async with Server({"DEEPGRAM_URL": deepgram.url}, TIDIES_UP) as server:
+        async with dial(server.url, parameters={"text": text}) as phone:
+            assert await phone.until_closed() == 1011
+        await server.logged(f"{phone.call_sid} is tidied up")
+        async with dial(server.url, parameters={"text": "hung up, and tidied up"}) as phone:
+            await phone.until_sound()
+            await phone.hang_up()
+        await server.logged(f"{phone.call_sid} is tidied up")
+
+
 WAITS_WITH_A_TIME_OUT = """
 async def script(call):
     while await asyncio.wait_for(call.digit(), 1000) != "#":

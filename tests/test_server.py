@@ -543,6 +543,24 @@ async def test_second_signal(deepgram: Deepgram) -> None:
         assert await server.end() == 0
 
 
+async def test_rejected_greeting_while_draining(deepgram: Deepgram) -> None:
+    """A greeting that is rejected only while the server drains cuts nobody off."""
+    go = asyncio.Event()
+    first = deepgram.answer(("The greeting waits. " * 99).strip(), Answer(gate=go))
+    second = deepgram.answer("The second piece is rejected.", Answer(status=400, body=b"no"))
+    settings = {"DEEPGRAM_URL": deepgram.url, "GREETING": f"{first} {second}"}
+    async with Server(settings) as server:
+        await deepgram.until_asked(second)
+        async with dial(server.url, parameters={"text": "Not cut off."}, speed=1) as phone:
+            await phone.until_mark()
+            server.signal()
+            await server.logged("draining")
+            go.set()
+            assert await phone.until_closed() == 1000
+            assert phone.heard == noise("Not cut off.")
+        assert await server.end() == 0
+
+
 async def test_rejected_greeting_lets_callers_go(deepgram: Deepgram) -> None:
     """When Deepgram rejects the greeting, callers who are already there hear the <Say>."""
     greeting = deepgram.answer("no", Answer(status=402, body=b"no credit", delay_seconds=0.3))
