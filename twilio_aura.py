@@ -445,8 +445,7 @@ class TextToSpeech:
             self._cache[key] = speech
             self._cache_bytes += len(speech.audio)
         while self._cache_bytes > self._max_cache_bytes:
-            oldest = self._cache.pop(next(iter(self._cache)))
-            self._cache_bytes -= len(oldest.audio)
+            self._cache_bytes -= len(self._cache.pop(next(iter(self._cache))).audio)
 
     def _download(self, speech: Speech, model: str, text: str) -> None:
         """Fetch `speech`, in a thread of its own, since requests blocks."""
@@ -672,6 +671,7 @@ class Server:
         status = await self._exits.get()
         prefetch.cancel()
         listening.close(close_connections=False)
+        await asyncio.sleep(0.1)  # a handshake that was just answered is a call to drain, too
         if self._calls:
             await self._drain(status)
         return status
