@@ -5,10 +5,9 @@
     ngrok http 5000             # in another terminal, and leave it running
     python twilio_aura.py
 
-On startup the server prints the TwiML to paste into a TwiML Bin. For every call Twilio then opens
-a websocket to it (a bidirectional Media Stream), which a pair of tasks serves: the receiver takes
-the stream SID, key presses and marks; the sender runs `script` and streams the 8 kHz mulaw that
-Deepgram returns, as it arrives.
+It prints the TwiML to paste into a TwiML Bin. For every call Twilio then opens a websocket to it (a
+bidirectional Media Stream), which a pair of tasks serves: the receiver takes the stream SID, key
+presses and marks; the sender runs `script` and streams Deepgram's 8 kHz mulaw as it arrives.
 
 To change what callers hear, edit `script`, nothing else, or pass one of your own to `main`.
 """
@@ -112,27 +111,25 @@ class Call:
 
     async def run(self, script: Script) -> None:
         """Serve the call until either task, or a drain, ends it; both are gone afterwards."""
-        code, outcome = 1011, "aborted"
         pair = [asyncio.create_task(self._receive()), asyncio.create_task(self._send(script))]
+        code, outcome = await self._ended
+        if code != 1011:  # else the script may be ending already, and has time for it
+            pair[1].cancel()
         try:
-            code, outcome = await self._ended
-            if code != 1011:  # else the script may be ending already, and has time for it
-                pair[1].cancel()
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._ws.close(code, outcome)
         except TimeoutError:
             self._ws.transport.abort()
             outcome += "; the peer did not acknowledge the close"
-        finally:
-            while (await asyncio.wait(pair, timeout=CLOSE_SECONDS))[1]:
-                pair[1].cancel()  # again: its end hangs, or Python 3.11's wait_for() swallowed it
-            times = *(self._speech_times or [0.0, 0.0]), self._first_frame_at
-            ms = [f"{max(0, at - self._started_at) * 1000:.0f} ms" if at else "-" for at in times]
-            log.log(
-                logging.INFO if code == 1000 else logging.WARNING,
-                f"{self} ended: {outcome}; queued {ms[0]}, first byte {ms[1]}, first frame {ms[2]}"
-                f"; sent {self._sent_seconds:.1f} s, heard {self._heard_seconds:.1f} s",
-            )
+        while (await asyncio.wait(pair, timeout=CLOSE_SECONDS))[1]:
+            pair[1].cancel()  # again: its end hangs, or Python 3.11's wait_for() swallowed it
+        times = *(self._speech_times or [0.0, 0.0]), self._first_frame_at
+        ms = [f"{max(0, at - self._started_at) * 1000:.0f} ms" if at else "-" for at in times]
+        log.log(
+            logging.INFO if code == 1000 else logging.WARNING,
+            f"{self} ended: {outcome}; queued {ms[0]}, first byte {ms[1]}, first frame {ms[2]}"
+            f"; sent {self._sent_seconds:.1f} s, heard {self._heard_seconds:.1f} s",
+        )
 
     def end(self, code: int, outcome: str) -> None:
         """End the call with this close code, unless it has ended already."""
@@ -157,8 +154,7 @@ class Call:
         try:
             while True:
                 message = await self._ws.recv()
-                # Skip the caller's audio (50 messages/s) unparsed. After `start`, whose custom
-                # parameters are arbitrary, only media messages contain "payload".
+                # Skip audio (50 messages/s) unparsed; but a parameter in `start` may be "payload".
                 if self._stream_sid and isinstance(message, str) and '"payload"' in message:
                     continue
                 self._on_message(message)
@@ -196,10 +192,9 @@ class Call:
             case {"event": "stop"}:
                 self.end(1000, "hung up")
             case _:
-                if not self._warned:
-                    log.warning("%s: ignored an unexpected message (shown at DEBUG)", self)
+                level = logging.DEBUG if self._warned else logging.WARNING
+                log.log(level, "%s: ignored an unexpected message: %.200a", self, message)
                 self._warned = True
-                log.debug("%s: ignored %.200a", self, message)
 
     # The sender task: what we say.
     async def _send(self, script: Script) -> None:
@@ -209,9 +204,8 @@ class Call:
             async with contextlib.aclosing(script(self)) as texts:
                 async for text in texts:
                     await self._say(text)
-                    if self._draining:
-                        break
-            if self.settings.close_after_speech and not self._draining:
+                    await self._until(lambda: not self._draining, pausing=True)
+            if self.settings.close_after_speech:
                 self.end(1000, "completed")
             await self._until(lambda: False, pausing=True)  # hang-up or drain
         except BaseException:  # a script may raise a cancellation or a TaskGroup's, too
@@ -494,7 +488,7 @@ ANY = (r"[^\0]+", "text")
 COUNT = (U16, "a whole number from 0 to 65535")
 POSITIVE = (rf"(?!0+\Z){U16}", "a whole number from 1 to 65535")
 SECRET = (r"[!-~]+", "printable ASCII without spaces (copy it again)")
-YES_OR_NO = (r"yes|true|on|1|no|false|off|0", "yes or no")
+YES_OR_NO = (r"(yes|true|on|1)|no|false|off|0", "yes or no")
 LEVEL = (r"DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")
 HTTP_URL = (rf"https?://\w[\w.-]*(:{U16})?(/[^\s?#]*)?", "a URL such as https://api.deepgram.com")
 WSS_URL = (rf"((https|wss)://)?[\w.-]+(:{U16})?(/[\w./~%+-]*)?", "a URL such as wss://example.com")
@@ -545,11 +539,10 @@ class Settings:
         texts |= {name: text for name, text in os.environ.items() if text.strip()}
         for name, (kind, valid, _) in FIELDS.items():
             if text := texts.get(name, "").strip():
-                if not re.fullmatch(valid[0], text, re.IGNORECASE | re.DOTALL):
+                if not (match := re.fullmatch(valid[0], text, re.IGNORECASE | re.DOTALL)):
                     but = "" if valid is SECRET else f", not {text!r}"
                     raise SettingsError(f"{name} must be {valid[1]}{but}.")
-                is_yes = text.lower() in ("yes", "true", "on", "1")
-                values[name.lower()] = is_yes if kind is bool else kind(text)
+                values[name.lower()] = bool(match[1]) if kind is bool else kind(text)
         if "deepgram_api_key" not in values:
             do = "Put" if path.exists() else "No such file: `cp .env.example .env`, then put"
             problem = f"is neither set nor in {path}. {do} one there, from console.deepgram.com"
