@@ -638,8 +638,11 @@ class Server:
         """Serve until a signal; return the exit status, raise SettingsError if it cannot listen."""
         loop, host, port = asyncio.get_running_loop(), self._settings.host, self._settings.port
         loop.set_exception_handler(on_loop_error)
-        for signum in (signal.SIGINT, signal.SIGTERM):  # loop.add_signal_handler is not for Windows
-            signal.signal(signum, lambda *_: loop.call_soon_threadsafe(self._exits.put_nowait, 0))
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            try:
+                loop.add_signal_handler(sig, self._exits.put_nowait, 0)
+            except NotImplementedError:  # Windows
+                signal.signal(sig, lambda *_: loop.call_soon_threadsafe(self._exits.put_nowait, 0))
         with contextlib.suppress(ImportError, ValueError):  # Windows has none; macOS allows less
             from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
