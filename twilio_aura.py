@@ -667,7 +667,7 @@ class Server:
         status = await self._exits.get()
         prefetch.cancel()
         listening.close(close_connections=False)
-        await asyncio.sleep(0.1)  # a handshake that was just answered is a call to drain, too
+        await asyncio.sleep(0)  # until it has closed: who is let in meanwhile is drained, too
         if self._calls:
             await self._drain(status)
         return status

@@ -18,7 +18,7 @@ from websockets.exceptions import InvalidHandshake, InvalidStatus
 
 from tests import callers
 from tests.deepgram import GREETING, KEY, Answer, Deepgram, noise
-from tests.server import Server
+from tests.server import GREETING_SCRIPT, Server
 from tests.telephone import dial
 from tests.waiting import poll
 
@@ -498,6 +498,48 @@ async def test_asked_while_draining(deepgram: Deepgram) -> None:
                 await writer.wait_closed()
             server.signal()
             assert await phone.until_closed() == 1001
+        assert await server.end() == 0
+
+
+LETS_IN_LATE = (
+    GREETING_SCRIPT
+    + """
+late = asyncio.Event()
+serve = twilio_aura.serve
+
+class Connection(twilio_aura.Connection):
+    async def handshake(self, process_request, *args):
+        async def process_late(ws, request):
+            print("a handshake has come", file=sys.stderr)
+            await late.wait()
+            return process_request(ws, request)
+
+        await super().handshake(process_late, *args)
+
+async def serve_late(*args, **options):
+    listening = await serve(*args, **options | {"create_connection": Connection})
+    close = listening.close
+    listening.close = lambda **options: (late.set(), close(**options))
+    return listening
+
+twilio_aura.serve = serve_late
+"""
+)
+
+
+async def test_drain_who_is_let_in_late(deepgram: Deepgram) -> None:
+    """Whose handshake is answered in the moment in which the server stops is drained, too."""
+
+    async def call() -> None:
+        async with dial(server.url) as phone:
+            assert await phone.until_closed() == 1000
+            assert phone.heard == noise(GREETING)
+
+    async with Server({"DEEPGRAM_URL": deepgram.url}, LETS_IN_LATE) as server:
+        calling = asyncio.create_task(call())
+        await server.logged("a handshake has come")
+        server.signal()
+        await calling
         assert await server.end() == 0
 
 
