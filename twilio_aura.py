@@ -231,7 +231,8 @@ class Call:
                     await self._until_heard()
                 except Exception as error:  # of Deepgram, or of the text: what came before is heard
                     await speeches.aclose()
-                    await self._until_heard()
+                    with contextlib.suppress(asyncio.CancelledError):  # a key hides no failure
+                        await self._until_heard()
                     if isinstance(error, SpeechFailed):
                         self.end(1011, str(error))  # at once: a script's end may take long
                     raise

@@ -286,6 +286,22 @@ async def test_model_that_fails(writing: Server, deepgram: Deepgram) -> None:
     assert not deepgram.asked("But now")
 
 
+async def test_key_when_a_model_has_failed(deepgram: Deepgram) -> None:
+    """A key silences what was complete when the writing failed, but hides no failure."""
+    sound = noise("It fails in a moment.") * 10
+    deepgram.answer("It fails in a moment.", Answer(sound, write_sizes=(100_000,)))
+    parts = "It fails in a moment. |fail"
+    async with Server({"DEEPGRAM_URL": deepgram.url}, SCRIPT) as server:
+        async with dial(server.url, parameters={"parts": parts}, speed=1) as phone:
+            await phone.until_mark()
+            await phone.press("1")
+            assert await phone.until_closed() == 1011
+            assert phone.events[-1] == ("clear", "")
+            assert phone.received == sound
+        await server.logged(f"{phone.call_sid} ended: the script failed")
+        assert server.log.count("ZeroDivisionError: the model is gone") == 1
+
+
 async def test_part_that_is_no_text(writing: Server) -> None:
     """A part that is no str is the script's failure."""
     async with dial(writing.url, parameters={"parts": "No text follows. |None"}) as phone:
