@@ -71,7 +71,8 @@ async def script(call: Call) -> AsyncGenerator[Text, None]:
 
 
 # --- A call ---------------------------------------------------------------------------------------
-BYTES_PER_SECOND = 8000  # mulaw, 8000 Hz, mono
+MULAW = {"encoding": "audio/x-mulaw", "sampleRate": 8000, "channels": 1}  # Twilio's only format
+BYTES_PER_SECOND = 8000
 FRAME_BYTES = 160  # 20 ms; whole frames avoid the jitter that some callers hear
 MAX_MEDIA_BYTES = 20 * FRAME_BYTES  # 0.4 s: on a slow link, too, the first sound is soon through
 MAX_BUFFERED_SECONDS = 10.0  # sent ahead of what plays: a `clear` queues behind no more than that
@@ -174,6 +175,8 @@ class Call:
                 pass
             case {"event": "start", "start": {"streamSid": str(sid)}} if not self._stream_sid:
                 self._stream_sid, self._started_at, start = sid, self._loop.time(), event["start"]
+                if isinstance(got := start.get("mediaFormat"), dict) and got | MULAW != got:
+                    self.end(1008, "the stream is not 8 kHz mulaw")
                 if re.fullmatch("[0-9A-Za-z]{1,64}", call_sid := str(start.get("callSid") or "")):
                     self.sid = call_sid  # it is fit to be logged
                 if isinstance(parameters := start.get("customParameters"), dict):
@@ -200,7 +203,7 @@ class Call:
     async def _send(self, script: Script) -> None:
         try:
             async with asyncio.timeout(START_SECONDS):
-                await self._until(lambda: self._stream_sid)
+                await self._until(lambda: self._stream_sid and not self._ended.done())
             async with contextlib.aclosing(script(self)) as texts:
                 async for text in texts:
                     await self._say(text)

@@ -134,6 +134,18 @@ async def test_start_lacks(server: Server, key: str) -> None:
         await phone.until_heard(noise(GREETING))
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"encoding": "audio/opus"}, {"sampleRate": 16000}, {"channels": 2}]
+)
+async def test_other_format(server: Server, wrong: dict[str, Any]) -> None:
+    """A start whose format is not the one that we speak ends that call."""
+    async with dial(server.url, start=False) as phone:
+        await phone.send("start", start=phone.start_fields() | {"mediaFormat": MULAW | wrong})
+        assert await phone.until_closed() == 1008
+        assert phone.events == []
+    await server.logged(f"WARNING call {phone.call_sid} ended: the stream is not 8 kHz mulaw")
+
+
 @pytest.mark.parametrize("start", [None, [], "MZ", 7, {}, {"streamSid": ""}, {"streamSid": 7}])
 async def test_impossible_start(impatient: Server, start: Any) -> None:
     """A start that has no stream SID is none."""
