@@ -53,17 +53,9 @@ async def closes_after_speech(deepgram: Deepgram) -> AsyncIterator[Server]:
 
 @pytest_asyncio.fixture(scope="session")
 async def impatient(deepgram: Deepgram) -> AsyncIterator[Server]:
-    """Return a server that closes after speech, and whose time-outs are short."""
-    settings = {"CLOSE_AFTER_SPEECH": "yes", "GREETING": "Hello in haste"}
-    async with Server(
-        {"DEEPGRAM_URL": deepgram.url, **settings},
-        START_SECONDS=1.0,
-        MAX_SILENCE_SECONDS=2.0,
-        MARK_GRACE_SECONDS=0.3,
-        READ_SECONDS=0.5,
-        CONNECT_SECONDS=0.3,
-        MAX_SPEECH_SECONDS=10,
-    ) as running:
+    """Return a server that waits for neither callers nor Deepgram for long."""
+    settings = {"DEEPGRAM_URL": deepgram.url, "GREETING": "Hello in haste"}
+    async with Server(settings, START_SECONDS=1.0, READ_SECONDS=0.5) as running:
         yield running
         await assert_clean_shutdown(running)
 

@@ -86,7 +86,8 @@ class Server(Observable):
         cwd: Where it runs, and looks for `.env`.
         prefix: A command that runs it, such as prlimit.
         flags: Python's own; by default every warning is an error.
-        constants: Attributes of the module that are set, such as START_SECONDS=1.
+        constants: Attributes of the module that are set, such as START_SECONDS=1. By default a mark
+            may be late, so that no test fails where the whole machine stops for some seconds.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Server(Observable):
     ) -> None:
         super().__init__()
         defaults = {"DEEPGRAM_API_KEY": KEY, "HOST": "127.0.0.1", "PORT": "0"}
+        constants = {"MARK_GRACE_SECONDS": 1000.0} | constants
         self.environment = environment({**defaults, **settings})
         self.command = [*prefix, sys.executable, *flags, "-c", program(script, **constants)]
         self.cwd = cwd

@@ -249,16 +249,20 @@ class Telephone(Observable):
         return event, what
 
     async def _play(self) -> None:
+        loop, ended_at = asyncio.get_running_loop(), 0.0
         while True:
+            is_gap = self._buffer.empty()
             _, what = await self._buffer.get()
             if isinstance(what, bytes):
                 self._cleared.clear()
-                seconds = len(what) / BYTES_PER_SECOND / self._speed
-                begun = asyncio.get_running_loop().time()
+                # Where this process was stopped for a while, it plays on as if it had not been.
+                begun_at = loop.time() if is_gap else ended_at
+                ended_at = begun_at + len(what) / BYTES_PER_SECOND / self._speed
                 try:
-                    async with asyncio.timeout(seconds):
+                    async with asyncio.timeout_at(ended_at):
                         await self._cleared.wait()
-                        elapsed = asyncio.get_running_loop().time() - begun
+                        ended_at = loop.time()
+                        elapsed = ended_at - begun_at
                         what = what[: int(elapsed * self._speed * BYTES_PER_SECOND)]
                 except TimeoutError:
                     pass

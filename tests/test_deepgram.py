@@ -77,40 +77,40 @@ async def test_proxy() -> None:
     assert proxy.requests[0].target.startswith("http://deepgram.invalid/v1/speak?")
 
 
-async def test_key_is_never_cut_in_two(impatient: Server, deepgram: Deepgram) -> None:
+async def test_key_is_never_cut_in_two(server: Server, deepgram: Deepgram) -> None:
     """Of a long error message that repeats the key, no part of the key is logged."""
     for number, before in enumerate(range(360, 400, 3)):
         body = f"long {number} " + "x" * before + KEY
         text = deepgram.answer(f"repeats the key {number}", Answer(status=400, body=body.encode()))
-        async with dial(impatient.url, parameters={"text": text}) as phone:
+        async with dial(server.url, parameters={"text": text}) as phone:
             await closed(phone)
-        assert KEY[:3] not in await impatient.logged(f"long {number} x")
+        assert KEY[:3] not in await server.logged(f"long {number} x")
 
 
 # Failures
 
 
 @pytest.mark.parametrize("status", ADVICE)
-async def test_status(impatient: Server, deepgram: Deepgram, status: int) -> None:
+async def test_status(server: Server, deepgram: Deepgram, status: int) -> None:
     """A status that is no 200 ends the call with 1011; 429 and 5xx after two more tries."""
-    before = len(impatient.log)
+    before = len(server.log)
 
     async def call(shape: str) -> None:
         fields, headers = SHAPES[shape]
         body = (fields if isinstance(fields, str) else json.dumps(fields)).encode("latin-1")
         answer = Answer(status=status, body=body, headers=headers, framing="length")
         text = deepgram.answer(f"status {status} {shape}", answer)
-        async with dial(impatient.url, parameters={"text": text}) as phone:
+        async with dial(server.url, parameters={"text": text}) as phone:
             await closed(phone)
             assert phone.received == b""
         assert len(deepgram.asked(text)) == (3 if status == 429 or status >= 500 else 1)
-        assert f"Deepgram answered {status};" in await impatient.logged(f"{phone.call_sid} ended")
-        (line,) = re.findall(rf'.* ERROR .*["( ]{shape}[")].*', impatient.log[before:])
+        assert f"Deepgram answered {status};" in await server.logged(f"{phone.call_sid} ended")
+        (line,) = re.findall(rf'.* ERROR .*["( ]{shape}[")].*', server.log[before:])
         assert re.search(rf"Deepgram answered {status}: .*TTS_CODE.*No, \[key\]!", line)
         assert ADVICE[status] in line
 
     await asyncio.gather(*map(call, SHAPES))
-    assert KEY not in impatient.log
+    assert KEY not in server.log
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -142,21 +142,21 @@ async def test_error_that_trickles(deepgram: Deepgram, status: int) -> None:
     forever.set()
 
 
-async def test_too_long_is_not_retried(impatient: Server, deepgram: Deepgram) -> None:
+async def test_too_long_is_not_retried(server: Server, deepgram: Deepgram) -> None:
     """A 413 is not tried again, though it says when."""
     too_long = Answer(status=413, body=b"too long", headers={"Retry-After": "0"})
     text = deepgram.answer("too long", too_long)
-    async with dial(impatient.url, parameters={"text": text}) as phone:
+    async with dial(server.url, parameters={"text": text}) as phone:
         await closed(phone)
     assert len(deepgram.asked(text)) == 1
 
 
-async def test_redirect_is_not_followed(impatient: Server, deepgram: Deepgram) -> None:
+async def test_redirect_is_not_followed(server: Server, deepgram: Deepgram) -> None:
     """Text and key go to DEEPGRAM_URL and not to where an answer points."""
     there = {"Location": f"{deepgram.url}/v1/speak?model=elsewhere"}
     moved = Answer(status=307, body=b"moved", headers=there, framing="length")
     text = deepgram.answer("redirected", moved, Answer())
-    async with dial(impatient.url, parameters={"text": text}) as phone:
+    async with dial(server.url, parameters={"text": text}) as phone:
         await closed(phone)
         assert phone.received == b""
     assert len(deepgram.asked(text)) == 1
@@ -165,28 +165,28 @@ async def test_redirect_is_not_followed(impatient: Server, deepgram: Deepgram) -
 @pytest.mark.parametrize("failure", ["cut", "reset"])
 @pytest.mark.parametrize("after", [-1, 0])
 async def test_broken_connection(
-    impatient: Server, deepgram: Deepgram, failure: str, after: int
+    server: Server, deepgram: Deepgram, failure: str, after: int
 ) -> None:
     """A connection that breaks before the response is tried again, twice at most."""
     broken = Answer(stop_after=after, failure=failure)
     text = deepgram.answer(f"breaks {failure} {after}", broken, broken, Answer())
-    async with dial(impatient.url, parameters={"text": text}) as phone:
+    async with dial(server.url, parameters={"text": text}) as phone:
         if after == -1:
             await phone.until_heard(noise(text))
             return
         await closed(phone)  # Deepgram had begun to answer
     reason = "Deepgram closed the connection mid-response"
-    assert reason in await impatient.logged(f"{phone.call_sid} ended")
+    assert reason in await server.logged(f"{phone.call_sid} ended")
     assert len(deepgram.asked(text)) == 1
 
 
-async def test_three_tries(impatient: Server, deepgram: Deepgram) -> None:
+async def test_three_tries(server: Server, deepgram: Deepgram) -> None:
     """After three tries nothing more is tried."""
     text = deepgram.answer("always breaks", Answer(stop_after=-1))
-    async with dial(impatient.url, parameters={"text": text}) as phone:
+    async with dial(server.url, parameters={"text": text}) as phone:
         await closed(phone)
     assert len(deepgram.asked(text)) == 3
-    assert await impatient.logged("ERROR the connection to Deepgram failed: .*without response")
+    assert await server.logged("ERROR the connection to Deepgram failed: .*without response")
 
 
 @pytest.mark.parametrize("framing", ["chunked", "length"])
@@ -209,14 +209,14 @@ async def test_mid_response(
         await phone.until_heard(noise(text))  # what was not complete is not cached
 
 
-async def test_piece_fails(impatient: Server, deepgram: Deepgram) -> None:
+async def test_piece_fails(server: Server, deepgram: Deepgram) -> None:
     """Of a long text nothing is said after the piece that failed."""
     first, second = ("The first piece. " * 117).strip(), ("The second piece. " * 110).strip()
     deepgram.answer(first, Answer(stop_after=2500))
-    async with dial(impatient.url, parameters={"text": f"{first} {second}"}) as phone:
+    async with dial(server.url, parameters={"text": f"{first} {second}"}) as phone:
         await closed(phone)
         assert phone.heard == phone.received == noise(first)[:2500]
-    assert "Deepgram closed the connection mid-response" in await impatient.logged(
+    assert "Deepgram closed the connection mid-response" in await server.logged(
         f"{phone.call_sid} ended"
     )
 
@@ -231,23 +231,26 @@ async def test_silence(impatient: Server, deepgram: Deepgram, after: int) -> Non
     assert "Deepgram timed out" in await impatient.logged(f"{phone.call_sid} ended")
 
 
-async def test_trickle(impatient: Server, deepgram: Deepgram) -> None:
+async def test_trickle(deepgram: Deepgram) -> None:
     """Sound that comes more slowly than one speaks keeps neither a caller nor a slot for ever."""
     text = deepgram.answer("trickle", Answer(write_sizes=(1,), pause_seconds=0.2))
-    async with dial(impatient.url, parameters={"text": text}) as phone:
-        await closed(phone)
-    assert "Deepgram is slower than real time" in await impatient.logged(f"{phone.call_sid} ended")
+    async with Server({"DEEPGRAM_URL": deepgram.url}, READ_SECONDS=2) as server:
+        async with dial(server.url, parameters={"text": text}) as phone:
+            await closed(phone)
+        assert "Deepgram is slower than real time" in await server.logged(f"{phone.call_sid} ended")
 
 
-async def test_without_end(impatient: Server, deepgram: Deepgram) -> None:
+async def test_without_end(deepgram: Deepgram) -> None:
     """Sound without end ends all the same, before it fills the memory."""
     text = deepgram.answer("endless", Answer(noise("endless") * 100, write_sizes=(10_000,)))
-    async with dial(impatient.url, parameters={"text": text}) as phone:
-        await closed(phone)
-        assert 80_000 <= len(phone.received) <= 80_000 + 2**16
-    assert "Deepgram sent more than 10 s of audio" in await impatient.logged(
-        f"{phone.call_sid} ended"
-    )
+    settings = {"DEEPGRAM_URL": deepgram.url}
+    async with Server(settings, MAX_SPEECH_SECONDS=10, MAX_BUFFERED_SECONDS=1e9) as server:
+        async with dial(server.url, parameters={"text": text}) as phone:
+            await closed(phone)
+            assert 80_000 <= len(phone.received) <= 80_000 + 2**16
+        assert "Deepgram sent more than 10 s of audio" in await server.logged(
+            f"{phone.call_sid} ended"
+        )
 
 
 @pytest.mark.parametrize(
@@ -259,13 +262,13 @@ async def test_without_end(impatient: Server, deepgram: Deepgram) -> None:
         (Answer(b"", framing="length"), "Deepgram sent no audio"),
     ],
 )
-async def test_not_audio(impatient: Server, deepgram: Deepgram, answer: Answer, said: str) -> None:
+async def test_not_audio(server: Server, deepgram: Deepgram, answer: Answer, said: str) -> None:
     """A 200 that is not audio is a failure, and never noise in the caller's ear."""
     text = deepgram.answer(f"not audio: {said} {answer}", answer)
-    async with dial(impatient.url, parameters={"text": text}) as phone:
+    async with dial(server.url, parameters={"text": text}) as phone:
         await closed(phone)
         assert phone.received == b""
-    assert said in await impatient.logged(f"{phone.call_sid} ended")
+    assert said in await server.logged(f"{phone.call_sid} ended")
 
 
 async def test_octet_stream(server: Server, deepgram: Deepgram) -> None:
@@ -340,19 +343,19 @@ async def test_shared(server: Server, deepgram: Deepgram) -> None:
     assert len(deepgram.asked(text)) == 1
 
 
-async def test_shared_failure(impatient: Server, deepgram: Deepgram) -> None:
+async def test_shared_failure(server: Server, deepgram: Deepgram) -> None:
     """A failure reaches all who wait, and the next caller tries afresh."""
     text = deepgram.answer(
         "shared failure", Answer(status=400, body=b"no", delay_seconds=0.3), Answer()
     )
 
     async def call() -> None:
-        async with dial(impatient.url, parameters={"text": text}) as phone:
+        async with dial(server.url, parameters={"text": text}) as phone:
             await closed(phone)
 
     await asyncio.gather(*(call() for _ in range(10)))
     assert len(deepgram.asked(text)) == 1
-    async with dial(impatient.url, parameters={"text": text}) as phone:
+    async with dial(server.url, parameters={"text": text}) as phone:
         await phone.until_heard(noise(text))
 
 

@@ -246,12 +246,12 @@ async def test_model_that_hangs_when_stopped(deepgram: Deepgram) -> None:
     """A model whose end hangs keeps no caller in silence: neither after a key nor for ever."""
     settings = {"DEEPGRAM_URL": deepgram.url}
     async with Server(
-        settings, HANGS_WHEN_STOPPED, CLOSE_SECONDS=0.3, MAX_SILENCE_SECONDS=1.0
+        settings, HANGS_WHEN_STOPPED, CLOSE_SECONDS=0.3, MAX_SILENCE_SECONDS=3
     ) as server:
         async with dial(server.url) as phone:
             await phone.until(lambda: len(phone.heard) == len(noise("Before it hangs.")))
             assert await phone.until_closed() == 1011
-            assert phone.ws.close_reason == "no audio for 1 s"
+            assert phone.ws.close_reason == "no audio for 3 s"
         async with dial(server.url, speed=0.5) as phone:
             await phone.until_sound()
             await phone.press("1")
@@ -313,9 +313,9 @@ async def test_part_that_is_no_text(writing: Server) -> None:
 async def test_pause(deepgram: Deepgram, tmp_path: Path) -> None:
     """The silence that is too long counts from the end of what was heard."""
     settings = {"DEEPGRAM_URL": deepgram.url}
-    sound = (noise("a pause") * 3)[:8000]  # 1 s
+    sound = (noise("a pause") * 11)[:32_000]  # 4 s
     deepgram.answer("A pause.", Answer(sound))
-    async with Server(settings, SCRIPT, MAX_SILENCE_SECONDS=1.0) as server:
+    async with Server(settings, SCRIPT, MAX_SILENCE_SECONDS=1) as server:
         parts = f"A pause. |wait|Then more. |{tmp_path / 'never'}|"
         async with dial(server.url, parameters={"parts": parts}) as phone:
             assert await phone.until_closed() == 1011
