@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 import trustme
 
-from tests.deepgram import KEY, Deepgram
-from tests.server import Server
+from tests.standins.deepgram import KEY, Deepgram
+from tests.standins.process import Server
 
 
 @pytest_asyncio.fixture(scope="session")

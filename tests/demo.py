@@ -28,10 +28,10 @@ try:
     from websockets.exceptions import WebSocketException
 
     import twilio_aura
-    from tests import voice
-    from tests.deepgram import KEY, Deepgram
-    from tests.server import PROXY_VARIABLES, Server
-    from tests.telephone import BYTES_PER_SECOND, Telephone, dial
+    from tests.standins import voice
+    from tests.standins.deepgram import KEY, Deepgram
+    from tests.standins.process import PROXY_VARIABLES, Server
+    from tests.standins.telephone import BYTES_PER_SECOND, Telephone, dial
 except ImportError as error:
     print(f"{error}: pip install -r tests/requirements.txt", file=sys.stderr)
     sys.exit(2)

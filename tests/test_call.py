@@ -9,10 +9,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests import callers
-from tests.deepgram import GREETING, Answer, Deepgram, noise
-from tests.server import MODULE, Server
-from tests.telephone import Telephone, dial
+from tests.benchmark import callers
+from tests.standins.deepgram import GREETING, Answer, Deepgram, noise
+from tests.standins.process import MODULE, Server
+from tests.standins.telephone import Telephone, dial
 
 
 async def hears(phone: Telephone, audio: bytes) -> None:

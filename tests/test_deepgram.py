@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.deepgram import GREETING, KEY, Answer, Deepgram, noise
-from tests.server import Server
-from tests.telephone import Telephone, dial
+from tests.standins.deepgram import GREETING, KEY, Answer, Deepgram, noise
+from tests.standins.process import Server
+from tests.standins.telephone import Telephone, dial
 
 SAID = f"No, {KEY}!"
 SHAPES = {  # of an error: its body and headers, by the request id that is in them

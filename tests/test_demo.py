@@ -12,9 +12,9 @@ import pytest
 from streamdouble import g711
 from streamdouble.audio import load_wav
 
-from tests.deepgram import GREETING, KEY, Answer, Deepgram, noise
-from tests.server import GREETING_SCRIPT, environment
-from tests.voice import speak
+from tests.standins.deepgram import GREETING, KEY, Answer, Deepgram, noise
+from tests.standins.process import GREETING_SCRIPT, environment
+from tests.standins.voice import speak
 
 MAIN = """
 import sys

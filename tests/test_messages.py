@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests import callers
-from tests.deepgram import GREETING, Answer, Deepgram, noise
-from tests.server import Server
-from tests.telephone import MULAW, dial
+from tests.benchmark import callers
+from tests.standins.deepgram import GREETING, Answer, Deepgram, noise
+from tests.standins.process import Server
+from tests.standins.telephone import MULAW, dial
 
 BAD: dict[str, str | bytes] = {
     "not JSON": "not json{",

@@ -1,20 +1,43 @@
-"""What the README says is so."""
+"""What the README says is so, its nginx, Caddy and HAProxy included."""
 
+import asyncio
+import functools
 import inspect
+import os
 import re
 import shlex
+import shutil
+import signal
+import socket
+import ssl
 import subprocess
 import sys
+import textwrap
 import xml.etree.ElementTree as ET
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+from twilio.request_validator import RequestValidator
+from websockets.exceptions import InvalidStatus
 
 import twilio_aura
-from tests.deepgram import Deepgram, noise
-from tests.readme import README, blocks
-from tests.server import MODULE, ROOT, Server
-from tests.telephone import dial
+from tests.standins import poll
+from tests.standins.deepgram import GREETING, Deepgram, noise
+from tests.standins.process import MODULE, ROOT, Server, reserved_ports
+from tests.standins.telephone import dial
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """Return the README's code blocks in this language."""
+    pattern = rf"^( *)```{language}\n(.*?)^\1```$"
+    found = re.findall(pattern, README, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for _, block in found]
+
 
 SOURCE = MODULE.read_text(encoding="utf-8")
 MENU, ANSWER = blocks("python")
@@ -163,3 +186,220 @@ def test_length() -> None:
     assert len(README.splitlines()) <= 280
     script = inspect.getsource(twilio_aura.script)
     assert len(SOURCE.splitlines()) - len(script.splitlines()) <= 772
+
+
+# nginx and Caddy: a signed call is heard through each, an unsigned one rejected
+
+TOKEN = "12345"
+# What there is around the README's block. One process each, which writes to tmp_path only.
+NGINX = """
+daemon off; master_process off; pid nginx.pid; error_log stderr;
+events {{}}
+http {{
+    access_log off; client_body_temp_path body; proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+    server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {pem}; ssl_certificate_key {pem};
+{block}}} }}
+"""
+# Without its ports 80 and 2019, and for loopback only.
+CADDY = """
+{{
+    admin off
+    auto_https disable_redirects
+    default_bind 127.0.0.1
+}}
+{block}"""
+PROXIES = {
+    "nginx": (NGINX, "nginx", ["-e", "stderr", "-p", ".", "-c"]),
+    "caddy": (CADDY, "caddyfile", ["run", "--adapter", "caddyfile", "--config"]),
+}
+
+
+def is_listening(port: int) -> bool:
+    """Return whether somebody accepts connections at `port`."""
+    with socket.socket() as trying:
+        return trying.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize("name", PROXIES)
+async def test_signed_call(
+    name: str, deepgram: Deepgram, certificate: tuple[Path, ssl.SSLContext], tmp_path: Path
+) -> None:
+    """PUBLIC_URL is not set: the Host header has to come through unchanged."""
+    program = shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
+    if not program:
+        pytest.skip(f"{name} is not installed (Debian package: {name})")
+    pem, trust = certificate
+    around, language, arguments = PROXIES[name]
+    (block,) = blocks(language)
+    assert block.count("127.0.0.1:5000") == 1
+    with reserved_ports(1) as (port,):
+        async with Server({"DEEPGRAM_URL": deepgram.url, "TWILIO_AUTH_TOKEN": TOKEN}) as server:
+            block = block.replace("127.0.0.1:5000", f"127.0.0.1:{server.port}")
+            # The certificate that Caddy would get by itself.
+            block = block.replace("example.com {", f"127.0.0.1:{port} {{\n\ttls {pem} {pem}")
+            (tmp_path / "conf").write_text(around.format(port=port, pem=pem, block=block))
+            home = dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"), str(tmp_path))
+            process = await asyncio.create_subprocess_exec(
+                program, *arguments, tmp_path / "conf", cwd=tmp_path, env=os.environ | home
+            )
+            try:
+                await poll(lambda: is_listening(port) or process.returncode is not None)
+                assert process.returncode is None
+                url = f"wss://127.0.0.1:{port}/twilio"
+                signature = RequestValidator(TOKEN).compute_signature(url, {})
+                headers = {"X-Twilio-Signature": signature}
+                async with dial(url, headers=headers, ssl=trust) as phone:
+                    await phone.until_heard(noise(GREETING))
+                    assert phone.heard == noise(GREETING)
+                with pytest.raises(InvalidStatus) as caught:
+                    await dial(url, ssl=trust).__aenter__()
+                assert caught.value.response.status_code == 403
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                await process.wait()
+
+
+# HAProxy, two of our processes behind it, and a restart of each while calls come
+
+CALLERS = 12  # on the line at any time, with half a second of audio at twice its speed each
+SPEED = 2.0
+HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
+
+
+def configuration(replacements: dict[str, str]) -> str:
+    """Return the README's HAProxy configuration with nothing but these replaced."""
+    (text,) = blocks("haproxy")
+    for there, here in replacements.items():
+        assert text.count(there) == 1, there
+        text = text.replace(there, here)
+    return text
+
+
+def has_waiting(port: int, connections: int) -> bool:
+    """Return whether the kernel holds so many that the listener on `port` has yet to accept."""
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, queues, *_ = line.split()
+        if state == "0A" and int(local.split(":")[1], 16) == port:
+            return int(queues.split(":")[1], 16) >= connections
+    return False
+
+
+def all_up(port: int) -> bool:
+    """Return whether HAProxy says, as to the README's `curl`, that both processes are up."""
+    asking = HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        asking.request("GET", "/")
+        return asking.getresponse().status == 200
+    except ConnectionRefusedError:
+        return False  # HAProxy itself is not up yet
+    finally:
+        asking.close()
+
+
+async def until_calls(server: Server, number: int) -> None:
+    """Wait until `server` has been given so many more calls."""
+    before = server.log.count(" started\n")
+    await server.until(lambda: server.log.count(" started\n") >= before + number)
+
+
+@asynccontextmanager
+async def haproxy(configuration: Path, all_up_port: int) -> AsyncIterator[None]:
+    """Run HAProxy in the foreground."""
+    assert HAPROXY
+    process = await asyncio.create_subprocess_exec(HAPROXY, "-db", "-f", configuration)
+    try:
+        await poll(lambda: all_up(all_up_port))
+        yield
+    finally:
+        process.kill()
+        await process.wait()
+
+
+class RepeatCaller:
+    """Somebody who calls again and again, and wants other words to be said each time."""
+
+    def __init__(self, url: str, trust: ssl.SSLContext, name: str) -> None:
+        self.calls = 0
+        self._url = url
+        self._trust = trust
+        self._name = name
+
+    async def call(self) -> None:
+        """Place a call and hear it out."""
+        self.calls += 1
+        text = f"{self._name}, call {self.calls}"
+        async with dial(
+            self._url, parameters={"text": text}, speed=SPEED, ssl=self._trust
+        ) as phone:
+            await phone.until_heard(noise(text))
+            assert phone.heard == noise(text)
+
+    async def keep_calling(self, enough: asyncio.Event) -> None:
+        """Place one call after the other."""
+        while not enough.is_set():
+            await self.call()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/net/tcp, which is Linux's")
+@pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (Debian package: haproxy)")
+async def test_rolling_restart(
+    deepgram: Deepgram, certificate: tuple[Path, ssl.SSLContext], tmp_path: Path
+) -> None:
+    """Both processes are restarted in turn; every call gets through and is heard in full."""
+    async with AsyncExitStack() as stack:
+        public, all_up_port, *ports = stack.enter_context(reserved_ports(4))
+        pem, trust = certificate
+        here = tmp_path / "haproxy.cfg"
+        here.write_text(
+            configuration(
+                {
+                    "bind :443 ": f"bind 127.0.0.1:{public} ",
+                    "/etc/haproxy/example.com.pem": str(pem),
+                    "127.0.0.1:8404": f"127.0.0.1:{all_up_port}",
+                    "10.0.0.11:5000": f"127.0.0.1:{ports[0]}",
+                    "10.0.0.12:5000": f"127.0.0.1:{ports[1]}",
+                }
+            )
+        )
+
+        async def start(port: int) -> Server:
+            server = Server({"DEEPGRAM_URL": deepgram.url, "PORT": str(port)})
+            return await stack.enter_async_context(server)
+
+        async def stop(server: Server) -> str:
+            server.signal(signal.SIGTERM)
+            server.signal(signal.SIGCONT)
+            assert await server.end() == 0
+            return server.log
+
+        servers = {port: await start(port) for port in ports}
+        await stack.enter_async_context(haproxy(here, all_up_port))
+        url = f"wss://127.0.0.1:{public}/twilio"
+        callers = [RepeatCaller(url, trust, f"caller {number}") for number in range(CALLERS)]
+        late = [RepeatCaller(url, trust, f"late caller {number}") for number in range(CALLERS)]
+        enough = asyncio.Event()
+        logs = []
+        async with asyncio.TaskGroup() as group:
+            for caller in callers:
+                group.create_task(caller.keep_calling(enough))
+            for port, other in (ports, reversed(ports)):
+                await until_calls(servers[port], CALLERS)
+                # Calls that the kernel has taken, but not yet the process, when it is to stop.
+                servers[port].signal(signal.SIGSTOP)
+                for caller in late:
+                    group.create_task(caller.call())
+                await poll(functools.partial(has_waiting, port, CALLERS // 3))
+                logs.append(await stop(servers[port]))
+                await until_calls(servers[other], CALLERS)
+                servers[port] = await start(port)
+                await poll(lambda: all_up(all_up_port))
+                await until_calls(servers[port], CALLERS)
+            enough.set()
+        assert all(re.search(r"draining [1-9][0-9]* call\(s\)", log) for log in logs)
+        logs += [await stop(server) for server in servers.values()]
+        outcomes = re.findall(r" ended: ([^;]+);", "".join(logs))
+        assert set(outcomes) <= {"hung up", "drained"}
+        # Each call was served, and by one process only.
+        assert len(outcomes) == sum(caller.calls for caller in callers + late)

@@ -16,11 +16,11 @@ from twilio.request_validator import RequestValidator
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidHandshake, InvalidStatus
 
-from tests import callers
-from tests.deepgram import GREETING, KEY, Answer, Deepgram, noise
-from tests.server import GREETING_SCRIPT, Server
-from tests.telephone import dial
-from tests.waiting import poll
+from tests.benchmark import callers
+from tests.standins import poll
+from tests.standins.deepgram import GREETING, KEY, Answer, Deepgram, noise
+from tests.standins.process import GREETING_SCRIPT, Server
+from tests.standins.telephone import dial
 
 TOKEN = "12345"
 VECTORS = {

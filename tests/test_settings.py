@@ -16,9 +16,16 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 
 import twilio_aura
-from tests.deepgram import GREETING, KEY, Deepgram, noise
-from tests.server import GREETING_SCRIPT, MODULE, ROOT, Server, environment, reserved_ports
-from tests.telephone import dial
+from tests.standins.deepgram import GREETING, KEY, Deepgram, noise
+from tests.standins.process import (
+    GREETING_SCRIPT,
+    MODULE,
+    ROOT,
+    Server,
+    environment,
+    reserved_ports,
+)
+from tests.standins.telephone import dial
 
 EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
 # Nobody may read root's files, nor listen on a port below 1024. (What is imported is there.)

@@ -8,8 +8,8 @@ from streamdouble.audio import silence_frame
 from streamdouble.scenario import Dtmf, Expect, Hangup, Scenario, Wait, WaitFor
 from streamdouble.session import SessionConfig
 
-from tests.deepgram import GREETING, Answer, Deepgram, noise
-from tests.server import Server
+from tests.standins.deepgram import GREETING, Answer, Deepgram, noise
+from tests.standins.process import Server
 
 SimulatedCall = Callable[..., Awaitable[CallReport]]
 A_MINUTE = noise("a minute") * 120

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.deepgram import Answer, Deepgram, noise
-from tests.server import Server
-from tests.telephone import dial
+from tests.standins.deepgram import Answer, Deepgram, noise
+from tests.standins.process import Server
+from tests.standins.telephone import dial
 from twilio_aura import split_text
 
 

@@ -1,7 +1,7 @@
 """A stand-in for Deepgram's `POST /v1/speak`, with every fault as a switch.
 
 It answers on a real socket, byte by byte as told, so it speaks HTTP/1.1 itself: no library lets a
-server break HTTP in all the ways that a network does. `python -m tests.deepgram` runs it alone.
+server break HTTP in all the ways that a network does. `python -m tests.standins.deepgram` runs it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
-from tests.waiting import Observable
+from tests.standins import Observable
 
 KEY = "a-key-that-costs-money"
 GREETING = "Hello, how are you today?"  # the default

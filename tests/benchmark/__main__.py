@@ -4,9 +4,9 @@ The server runs as a process of its own on one core; a stand-in for Deepgram, wh
 its first byte, and the callers share another. The others take turns with it, on the same core:
 
 - "simplest" awaits the whole clip, with `requests` in the event loop, before it sends it
-  (tests/simplest.py). A round of it is enough, since it serves one caller after the other, and
+  (simplest.py). A round of it is enough, since it serves one caller after the other, and
   where that takes minutes, there is none.
-- "baseline" is the least that could be done (tests/baseline.py): a `websockets` server that answers
+- "baseline" is the least that could be done (baseline.py): a `websockets` server that answers
   `start` with a ready-made frame and discards all else; for new texts what plain `requests` takes
   to the first byte, in a thread a text.
 
@@ -40,8 +40,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from tests.baseline import HEADERS, SPEAK
-from tests.callers import (
+from tests.benchmark.baseline import HEADERS, SPEAK
+from tests.benchmark.callers import (
     CONNECTED,
     HANDSHAKE,
     NO_TEXT,
@@ -57,10 +57,10 @@ from tests.callers import (
     spread,
     start,
 )
-from tests.chart import Bar, chart
-from tests.deepgram import Answer, Deepgram
-from tests.server import MODULE, Server, program
-from tests.telephone import BYTES_PER_SECOND, Telephone, dial
+from tests.benchmark.chart import Bar, chart
+from tests.standins.deepgram import Answer, Deepgram
+from tests.standins.process import MODULE, Server, program
+from tests.standins.telephone import BYTES_PER_SECOND, Telephone, dial
 
 DEEPGRAM_MS = 200.0
 SERVER_CORE, CALLERS_CORE = 0, 1
@@ -179,17 +179,17 @@ async def ours(deepgram_url: str, script: str = "", **settings: str) -> AsyncIte
 
 def baseline(**settings: str) -> AbstractAsyncContextManager[Process]:
     """Run the baseline of what is cached."""
-    return running(SERVER_CORE, "-m", "tests.baseline", "websockets", **settings)
+    return running(SERVER_CORE, "-m", "tests.benchmark.baseline", "websockets", **settings)
 
 
 def posts(deepgram_url: str) -> AbstractAsyncContextManager[Process]:
     """Run the baseline of new texts."""
-    return running(SERVER_CORE, "-m", "tests.baseline", "requests", deepgram_url)
+    return running(SERVER_CORE, "-m", "tests.benchmark.baseline", "requests", deepgram_url)
 
 
 def simplest(deepgram_url: str, **settings: str) -> AbstractAsyncContextManager[Process]:
     """Run the simplest way."""
-    return running(SERVER_CORE, "-m", "tests.simplest", deepgram_url, **settings)
+    return running(SERVER_CORE, "-m", "tests.benchmark.simplest", deepgram_url, **settings)
 
 
 async def medians(
@@ -561,7 +561,9 @@ def bars(rows: Sequence[Row]) -> dict[str, list[Bar]]:
 async def measure() -> AsyncIterator[Row]:
     """Yield the rows of the table as they are measured."""
     delay = str(DEEPGRAM_MS / 1000)
-    async with running(CALLERS_CORE, "-m", "tests.deepgram", "--delay-seconds", delay) as deepgram:
+    async with running(
+        CALLERS_CORE, "-m", "tests.standins.deepgram", "--delay-seconds", delay
+    ) as deepgram:
         async for row in bursts(deepgram):
             yield row
         yield await inbound_message(deepgram)

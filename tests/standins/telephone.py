@@ -21,7 +21,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from websockets.protocol import State
 
-from tests.waiting import Observable
+from tests.standins import Observable
 
 BYTES_PER_SECOND = 8000
 MULAW = {"encoding": "audio/x-mulaw", "sampleRate": 8000, "channels": 1}

@@ -1,7 +1,7 @@
 """What the benchmark compares with: the simplest way to do it, as the first demos did.
 
 The whole clip is awaited, with `requests` in the event loop, and sent in one message. Meanwhile
-nobody else is served. `python -m tests.simplest URL` asks the Deepgram at URL.
+nobody else is served. `python -m tests.benchmark.simplest URL` asks the Deepgram at URL.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import sys
 import requests
 from websockets.asyncio.server import ServerConnection, serve
 
-from tests.baseline import HEADERS, SPEAK
-from tests.deepgram import GREETING
+from tests.benchmark.baseline import HEADERS, SPEAK
+from tests.standins.deepgram import GREETING
 
 
 async def serve_call(ws: ServerConnection) -> None:

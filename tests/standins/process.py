@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Self
 
 import twilio_aura
-from tests.deepgram import KEY
-from tests.waiting import Observable
+from tests.standins import Observable
+from tests.standins.deepgram import KEY
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 MODULE = ROOT / "twilio_aura.py"
 PROXY_VARIABLES = {
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),

@@ -1,7 +1,7 @@
 """What the benchmark compares with: the least that could be done with the same libraries.
 
-`python -m tests.baseline websockets` answers and discards; `python -m tests.baseline requests URL`
-posts, in a thread a text.
+`python -m tests.benchmark.baseline websockets` answers and discards;
+`python -m tests.benchmark.baseline requests URL` posts, in a thread a text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import requests
 from websockets.asyncio.server import ServerConnection, serve
 
-from tests.deepgram import GREETING, KEY, noise
+from tests.standins.deepgram import GREETING, KEY, noise
 
 PAYLOAD = base64.b64encode(noise(GREETING)).decode()
 MEDIA = json.dumps({"event": "media", "streamSid": "MZ0", "media": {"payload": PAYLOAD}})

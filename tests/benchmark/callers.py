@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from tests.telephone import MULAW
+from tests.standins.telephone import MULAW
 
 T = TypeVar("T")
 WAIT_SECONDS = 60  # for what should come at once, before giving up
