@@ -8,12 +8,16 @@ import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import pytest_asyncio
 import trustme
 
 from tests.standins.deepgram import KEY, Deepgram
 from tests.standins.process import Server
+
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest_asyncio.fixture(scope="session")

@@ -27,7 +27,6 @@ try:
     from streamdouble.audio import ulaw_to_wav
     from websockets.exceptions import WebSocketException
 
-    import twilio_aura
     from tests.standins import voice
     from tests.standins.deepgram import KEY, Deepgram
     from tests.standins.process import PROXY_VARIABLES, Server
@@ -165,8 +164,8 @@ async def demo(
             deepgram = await stack.enter_async_context(Deepgram(speak))
             settings |= {"DEEPGRAM_API_KEY": KEY, "DEEPGRAM_URL": deepgram.url}
             print("Deepgram: a stand-in with an offline voice, without a DEEPGRAM_API_KEY")
-        buffered_seconds = 1e9 if fast else twilio_aura.MAX_BUFFERED_SECONDS
-        program = Server(settings, script, flags=(), MAX_BUFFERED_SECONDS=buffered_seconds)
+        pacing = {"MAX_BUFFERED_SECONDS": 1e9, "MAX_SPEED": 1e9} if fast else {}
+        program = Server(settings, script, cwd="/", prefix=(), flags=(), **pacing)
         server = await stack.enter_async_context(program)
         if not server.port:
             why = server.log.strip() or "its file has to call twilio_aura.main(script)"

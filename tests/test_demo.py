@@ -96,8 +96,8 @@ async def test_greeting(tmp_path: Path) -> None:
         "Twilio: connected",
         "Twilio: start of call CA",
         "server: media, the first sound",
-        "server: mark 1.",
-        "Twilio: mark 1.",
+        "server: mark ",
+        "Twilio: mark ",
         "Twilio: stop",
         "ended: hung up",
         "The caller heard all",
@@ -211,7 +211,7 @@ async def test_speech_cut_short(deepgram: Deepgram, tmp_path: Path) -> None:
     settings = {"DEEPGRAM_API_KEY": KEY, "DEEPGRAM_URL": deepgram.url}
     status, _, errors = await demo(tmp_path, "--fast", "--text", text, **settings)
     assert_failed(status, errors)
-    assert "the call ended: 1011 Deepgram closed the connection mid-response" in errors
+    assert "the call ended: 1011 the connection to Deepgram failed" in errors
     assert np.array_equal(recording(tmp_path / "call.wav"), g711.decode(audio[:2000]))
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import inspect
 import os
 import re
 import shlex
@@ -20,14 +19,14 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from twilio.request_validator import RequestValidator
 from websockets.exceptions import InvalidStatus
 
 import twilio_aura
 from tests.standins import poll
 from tests.standins.deepgram import GREETING, Deepgram, noise
 from tests.standins.process import MODULE, ROOT, Server, reserved_ports
-from tests.standins.telephone import dial
+from tests.standins.telephone import dial, sign
+from tests.standins.twilio import TOKEN
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -69,7 +68,7 @@ def test_settings() -> None:
     """What is written like a setting is one."""
     names = set(re.findall(r"`([A-Z]+_?[A-Z_]*)(?:=[^`]*)?`", README))
     assert len(names) > 8
-    assert names <= set(twilio_aura.FIELDS)
+    assert names <= set(twilio_aura.SETTINGS)
 
 
 def test_twiml() -> None:
@@ -78,7 +77,7 @@ def test_twiml() -> None:
     assert twiml.strip() == twilio_aura.TWIML.format(url="wss://YOUR-HOST/twilio")
     assert [verb.tag for verb in ET.fromstring(twiml)] == ["Connect", "Say"]
     for parameter in re.findall(r"`(<Parameter .*?/>)`", README):
-        assert ET.fromstring(parameter).attrib["name"] in ("text", "model")
+        assert set(ET.fromstring(parameter).attrib) == {"name", "value"}
 
 
 def write(path: Path, source: str) -> Path:
@@ -95,7 +94,7 @@ async def test_menu(deepgram: Deepgram, tmp_path: Path) -> None:
         dial(server.url, parameters={"name": "Ada"}) as phone,
     ):
         for number, key in enumerate("17*", 1):
-            await phone.until_mark(number)
+            await phone.until_returned(number)
             await phone.press(key)
         assert await phone.until_closed() == 1000
     texts = [
@@ -120,9 +119,9 @@ async def test_answer(deepgram: Deepgram, tmp_path: Path) -> None:
         await phone.until_mark(2)
     texts = [
         "Hello! Press some digits, then the pound key.",
-        "You pressed 42.",
+        "You pressed 42, then pound.",
         "That is all I know.",
-        "Ask me something else.",
+        "Ask me more!",
     ]
     assert phone.received == b"".join(map(noise, texts))
 
@@ -157,8 +156,14 @@ def test_tour() -> None:
 def test_outcomes() -> None:
     """Each way in which a call ends is explained, with its close code."""
     outcomes = re.findall(r'\.end\((\d{4}), f?"([^"]+)"', SOURCE)
-    outcomes.append(("1011", "no audio for {MAX_SILENCE_SECONDS:.0f} s"))
     assert len(outcomes) >= 6
+    for reason in (
+        "no audio for {MAX_SILENCE_SECONDS:.0f} s",
+        "the connection to Deepgram failed",
+        "no thread for Deepgram",
+    ):
+        assert f'"{reason}"' in SOURCE
+        outcomes.append(("1011", reason))
     for code, outcome in outcomes:
         text = outcome.format(**vars(twilio_aura))
         row = next(row for row in README.splitlines() if row.startswith("|") and text in row)
@@ -181,16 +186,22 @@ def test_links() -> None:
         assert (ROOT / target).exists()
 
 
-def test_length() -> None:
-    """The README is read in a sitting, and so is the module, whatever its `script` says."""
-    assert len(README.splitlines()) <= 280
-    script = inspect.getsource(twilio_aura.script)
-    assert len(SOURCE.splitlines()) - len(script.splitlines()) <= 772
+async def test_limits_of_a_handshake(deepgram: Deepgram) -> None:
+    """With the limits of the unit and the container, a head too large for Twilio is rejected."""
+    for block in (*blocks("ini"), *blocks("dockerfile")):
+        (line,) = re.findall(r"\bWEBSOCKETS_.*", block)
+        limits = dict(limit.split("=") for limit in line.split())
+        async with Server({"DEEPGRAM_URL": deepgram.url, **limits}) as server:
+            async with dial(server.url) as phone:
+                await phone.until_heard(noise(GREETING))
+            for headers in ({f"X-{n}": "x" for n in range(64)}, {"X": "x" * 2048}):
+                with pytest.raises(InvalidStatus) as caught:
+                    await dial(server.url, headers=headers).__aenter__()
+                assert caught.value.response.status_code == 431
 
 
 # nginx and Caddy: a signed call is heard through each, an unsigned one rejected
 
-TOKEN = "12345"
 # What there is around the README's block. One process each, which writes to tmp_path only.
 NGINX = """
 daemon off; master_process off; pid nginx.pid; error_log stderr;
@@ -247,9 +258,7 @@ async def test_signed_call(
                 await poll(lambda: is_listening(port) or process.returncode is not None)
                 assert process.returncode is None
                 url = f"wss://127.0.0.1:{port}/twilio"
-                signature = RequestValidator(TOKEN).compute_signature(url, {})
-                headers = {"X-Twilio-Signature": signature}
-                async with dial(url, headers=headers, ssl=trust) as phone:
+                async with dial(url, headers=sign(url, TOKEN), ssl=trust) as phone:
                     await phone.until_heard(noise(GREETING))
                     assert phone.heard == noise(GREETING)
                 with pytest.raises(InvalidStatus) as caught:

@@ -18,6 +18,7 @@ from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
 from tests.standins import Observable
+from tests.standins.http import read_request
 
 KEY = "a-key-that-costs-money"
 GREETING = "Hello, how are you today?"  # the default
@@ -148,13 +149,7 @@ class Deepgram(Observable):
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int
     ) -> bool:
         """Return whether the connection is good for another request."""
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        method, target, _ = head[0].split(" ")
-        headers = {
-            name.lower(): value.strip()
-            for name, _, value in (line.partition(":") for line in head[1:-2])
-        }
-        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        method, target, headers, body = await read_request(reader)
         text = str(json.loads(body)["text"])
         query = parse_qs(urlsplit(target).query)
         request = Request(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import twilio_aura
 from tests.standins import Observable
@@ -25,14 +25,14 @@ PROXY_VARIABLES = {
 }
 GREETING_SCRIPT = """
 async def script(call):
-    yield call.parameters.get("text") or call.settings.greeting
+    yield call.parameters.get("text", "").strip() or call.settings.greeting
 """
 
 
 def environment(settings: Mapping[str, str | None]) -> dict[str, str]:
     """Return this process's environment with these settings and no others; None unsets."""
     inherited = {
-        k: v for k, v in os.environ.items() if k not in {*twilio_aura.FIELDS, *PROXY_VARIABLES}
+        k: v for k, v in os.environ.items() if k not in {*twilio_aura.SETTINGS, *PROXY_VARIABLES}
     }
     inherited["PYTHONPATH"] = str(ROOT)
     return inherited | {name: value for name, value in settings.items() if value is not None}
@@ -55,7 +55,7 @@ def reserved_ports(number: int) -> Iterator[list[int]]:
             reserving.close()
 
 
-def program(script: str | Path | None, **constants: float) -> str:
+def program(script: str | Path | None, **constants: object) -> str:
     """Return a program that serves `script` as a file of one's own does, as the README's menu.
 
     Args:
@@ -66,7 +66,7 @@ def program(script: str | Path | None, **constants: float) -> str:
     lines = ["import asyncio, contextlib, runpy, sys", "import twilio_aura"]
     for name, value in constants.items():
         assert hasattr(twilio_aura, name)
-        lines.append(f"twilio_aura.{name} = {value}")
+        lines.append(f"twilio_aura.{name} = {value!r}")
     match script:
         case str():
             return "\n".join([*lines, script, "sys.exit(twilio_aura.main(script))"])
@@ -98,11 +98,11 @@ class Server(Observable):
         cwd: Path | str = "/",
         prefix: Sequence[str] = (),
         flags: Sequence[str] = ("-W", "error", "-X", "dev"),
-        **constants: float,
+        **constants: object,
     ) -> None:
         super().__init__()
         defaults = {"DEEPGRAM_API_KEY": KEY, "HOST": "127.0.0.1", "PORT": "0"}
-        constants = {"MARK_GRACE_SECONDS": 1000.0} | constants
+        constants = {"MARK_GRACE_SECONDS": 1000.0, **constants}
         self.environment = environment({**defaults, **settings})
         self.command = [*prefix, sys.executable, *flags, "-c", program(script, **constants)]
         self.cwd = cwd
@@ -125,6 +125,7 @@ class Server(Observable):
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            limit=2**26,  # bytes of a line
         )
         self._readers = [
             asyncio.create_task(self._read("output", self.process.stdout)),
@@ -148,6 +149,8 @@ class Server(Observable):
     async def _read(self, name: str, stream: asyncio.StreamReader | None) -> None:
         assert stream is not None
         while line := await stream.readline():
+            if b" WARNING Executing <" in line:
+                continue  # asyncio's debug mode says so where the machine stood still
             setattr(self, name, getattr(self, name) + line.decode(errors="replace"))
             self.changed()
         self._streams -= 1
@@ -163,10 +166,27 @@ class Server(Observable):
         """Return the lines of the log that `pattern` matches in."""
         return [line for line in self.log.splitlines() if re.search(pattern, line)]
 
+    def complaints(self, since: int) -> list[str]:
+        """Return what the log has, from this position on, besides the INFO lines of calls."""
+        return [line for line in self.log[since:].splitlines() if " INFO " not in line]
+
     async def logged(self, pattern: str) -> str:
         """Wait for a line of the log that `pattern` matches in, and return it."""
         await self.until(lambda: bool(self.lines(pattern)))
         return self.lines(pattern)[0]
+
+    async def until_started(self, call_sid: str) -> None:
+        """Wait until a call's `start` has come."""
+        await self.logged(f" INFO call {call_sid} started$")
+
+    async def until_ended(self, call_sid: str) -> str:
+        """Wait until a call has ended; return how, as the log has it."""
+        line = await self.logged(f" INFO call {call_sid} ended: ")
+        return line.partition(" ended: ")[2]
+
+    async def until_draining(self) -> None:
+        """Wait until a signal has come, while there are calls."""
+        await self.logged(" INFO draining ")
 
     def signal(self, signum: int = signal.SIGTERM) -> None:
         """Send it a signal."""
@@ -177,3 +197,13 @@ class Server(Observable):
         status = await self.process.wait()
         await asyncio.gather(*self._readers)
         return status
+
+
+async def refusal(settings: Mapping[str, str | None], **options: Any) -> str:
+    """Run a server that cannot start; return the one sentence with which it ends, with status 2."""
+    async with Server({"TWILIO_AUTH_TOKEN": "12345", **settings}, **options) as server:
+        assert await server.end() == 2
+        assert server.output == ""
+        assert server.log.endswith(".\n")
+        assert server.log.count("\n") == 1
+        return server.log

@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import hmac
 import json
 import secrets
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Self
@@ -24,7 +26,30 @@ from websockets.protocol import State
 from tests.standins import Observable
 
 BYTES_PER_SECOND = 8000
+ACCOUNT_SID = "AC" + "0" * 32
 MULAW = {"encoding": "audio/x-mulaw", "sampleRate": 8000, "channels": 1}
+
+
+# The handshake as bytes, for tests that write to a socket themselves.
+HANDSHAKE = (
+    b"GET /twilio HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+def frame(message: object) -> bytes:
+    """Return `message` as a websocket frame from a client, masked with zeros, which is free."""
+    data = json.dumps(message).encode()
+    short = len(data) < 126
+    length = bytes([0x80 | len(data)]) if short else struct.pack(">BH", 0x80 | 126, len(data))
+    return b"\x81" + length + b"\0\0\0\0" + data
+
+
+def sign(url: str, token: str) -> dict[str, str]:
+    """Return the header with which Twilio connects to `url`, be it ws or wss behind a proxy."""
+    signed = "wss://" + url.partition("://")[2]
+    digest = hmac.digest(token.encode(), signed.encode(), "sha1")
+    return {"X-Twilio-Signature": base64.b64encode(digest).decode()}
 
 
 class ProtocolViolation(AssertionError):
@@ -72,7 +97,7 @@ class Telephone(Observable):
         self._sequence = 0
         self._buffer: asyncio.Queue[tuple[str, str | bytes]] = asyncio.Queue()
         self._cleared = asyncio.Event()
-        self._has_ended = False
+        self.has_ended = False
         self._violation: ProtocolViolation | None = None
 
     async def __aenter__(self) -> Self:
@@ -121,7 +146,7 @@ class Telephone(Observable):
     def start_fields(self, **parameters: str) -> dict[str, Any]:
         """Return what `start` has besides its event."""
         return {
-            "accountSid": "AC" + "0" * 32,
+            "accountSid": ACCOUNT_SID,
             "streamSid": self.stream_sid,
             "callSid": self.call_sid,
             "tracks": ["inbound"],
@@ -154,7 +179,7 @@ class Telephone(Observable):
     async def hang_up(self, *, stop: bool = True) -> None:
         """End the call from this side, as a caller does."""
         if stop:
-            await self.send("stop", stop={"accountSid": "AC", "callSid": self.call_sid})
+            await self.send("stop", stop={"accountSid": ACCOUNT_SID, "callSid": self.call_sid})
         await self.ws.close()
 
     def drop(self) -> None:
@@ -165,7 +190,7 @@ class Telephone(Observable):
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` is true, or the call over (which is an error unless it is)."""
-        await super().until(lambda: condition() or self._has_ended)
+        await super().until(lambda: condition() or self.has_ended)
         if self._violation:
             raise self._violation
         if not condition():
@@ -179,10 +204,19 @@ class Telephone(Observable):
         """Wait until so many marks have come (with a speed, played or not)."""
         await self.until(lambda: len(self.named("mark")) >= count)
 
+    async def until_returned(self, count: int = 1) -> None:
+        """Wait until so many marks have been returned, so that all before them was played."""
+        await self.until(lambda: len(self.echoed_marks) >= count)
+
     async def until_heard(self, audio: bytes) -> None:
         """Wait until the caller has heard this, last of all, and a mark has come after it."""
         await self.until(lambda: len(self.heard) >= len(audio) and self.events[-1][0] == "mark")
         assert self.heard.endswith(audio)
+
+    async def hears(self, audio: bytes) -> None:
+        """Wait until `audio` was heard, byte for byte, no less and no more."""
+        await self.until_heard(audio)
+        assert self.heard == self.received == audio
 
     async def until_closed(self) -> int:
         """Wait until the server has closed the call; return the close code."""
@@ -220,7 +254,7 @@ class Telephone(Observable):
             self._violation = violation
             self.ws.transport.abort()
         finally:
-            self._has_ended = True
+            self.has_ended = True
             self.changed()
 
     def _check(self, message: str | bytes) -> tuple[str, str | bytes]:

@@ -1,79 +1,15 @@
-"""How texts are cut, and how one is spoken while it is being written."""
+"""How a text is spoken while it is being written."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest_asyncio
 
 from tests.standins.deepgram import Answer, Deepgram, noise
 from tests.standins.process import Server
 from tests.standins.telephone import dial
-from twilio_aura import split_text
-
-
-async def cut(*parts: str) -> list[str]:
-    """Return the pieces of a text that is written in these parts; of a str, if it is one."""
-
-    async def write() -> AsyncIterator[str]:
-        for part in parts:
-            yield part
-
-    return [piece async for piece in split_text(parts[0] if len(parts) == 1 else write())]
-
-
-# Cutting
-
-characters = st.sampled_from("ab .!?。\"'\n")
-
-
-@given(st.text(characters, max_size=9000))
-async def test_pieces(text: str) -> None:
-    """Pieces have at most 2000 characters, no white space around, and lose only white space."""
-    pieces = await cut(text)
-    assert all(0 < len(piece) <= 2000 and piece == piece.strip() for piece in pieces)
-    assert "".join("".join(pieces).split()) == "".join(text.split())
-
-
-@given(st.lists(st.text(characters, max_size=900) | st.just(""), min_size=2, max_size=9))
-async def test_written_pieces(parts: Sequence[str]) -> None:
-    """So have those of a text in parts, whatever the parts; and each but the last is sentences."""
-    pieces = await cut(*parts)
-    assert all(0 < len(piece) <= 2000 and piece == piece.strip() for piece in pieces)
-    assert "".join("".join(pieces).split()) == "".join("".join(parts).split())
-    rest = "".join(parts)
-    for piece in pieces[:-1]:
-        rest = rest[rest.index(piece) + len(piece) :]
-        assert len(piece) > 1000 or piece.rstrip("\"'")[-1] in ".!?。"
-
-
-async def test_single_characters() -> None:
-    """Written character by character, a text is cut after each sentence."""
-    text = 'He said "No!" twice. It costs 3.14 dollars… 東京。 いいえ。End'
-    sentences = ['He said "No!"', "twice.", "It costs 3.14 dollars…", "東京。", "いいえ。", "End"]
-    assert await cut(*text) == sentences
-
-
-async def test_piece_ends() -> None:
-    """A piece ends with a sentence, else with a word, else anywhere."""
-    assert await cut(" \n ") == []
-    assert await cut(" a. b ") == ["a. b"]
-    assert await cut("a" * 2500) == ["a" * 2000, "a" * 500]
-    assert await cut("word " * 500) == ["word " * 399 + "word", "word " * 99 + "word"]
-    assert await cut("a" * 1999 + ". b") == ["a" * 1999 + ".", "b"]
-    assert await cut('He said "' + "a " * 700 + '!" ' + "b " * 700) == [
-        'He said "' + "a " * 700 + '!"',
-        ("b " * 700).strip(),
-    ]
-    number = "3.14 " * 399 + "e."
-    assert await cut(f"{number} " + "x " * 10) == [number, ("x " * 10).strip()]
-    assert await cut("あ" * 1500 + "。" + "い" * 1500) == ["あ" * 1500 + "。", "い" * 1500]
-    assert await cut("a" * 1500, "a" * 1500) == ["a" * 2000, "a" * 1000]
-
-
-# Speaking what is being written
 
 SCRIPT = """
 import os
@@ -88,6 +24,8 @@ async def write(call):
                 raise ZeroDivisionError("the model is gone")
             if part == "wait":
                 await asyncio.sleep(1.4)
+            if part == "seven":
+                yield 7
             yield {"fail": "", "wait": "", "None": None}.get(part, "" if part[:1] == "/" else part)
     finally:
         print(call.sid, "the model has stopped", file=sys.stderr, flush=True)
@@ -99,7 +37,7 @@ async def script(call):
 """
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module")
 async def writing(deepgram: Deepgram) -> AsyncIterator[Server]:
     """Return a server whose script speaks texts while it writes them."""
     settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
@@ -128,10 +66,21 @@ async def test_while_it_is_written(writing: Server, deepgram: Deepgram, tmp_path
         assert f"{phone.call_sid} the model has stopped" not in writing.log
         second_gate.touch()
         assert await phone.until_closed() == 1000
-        pieces = "The first one.", "The second one.", "The rest", "After it."
-        assert phone.heard == texts(*pieces)
+        pieces = "The first one.", "The second one.", "The rest"
+        assert phone.heard == texts(*pieces, "After it.")
         assert len(phone.named("mark")) == 2
-    assert [len(deepgram.asked(piece)) for piece in pieces] == [1, 1, 1, 1]
+    assert [len(deepgram.asked(piece)) for piece in pieces] == [1, 1, 1]
+
+
+async def test_list(writing: Server, deepgram: Deepgram, tmp_path: Path) -> None:
+    """A list without a full stop is spoken line by line, while it is being written."""
+    gate = tmp_path / "gate"
+    async with dial(writing.url, parameters={"parts": f"- apples\n|-|{gate}| pears\n|"}) as phone:
+        await phone.until(lambda: phone.received == noise("- apples"))
+        gate.touch()
+        assert await phone.until_closed() == 1000
+        assert phone.heard == texts("- apples", "- pears", "After it.")
+    assert not deepgram.asked("-")
 
 
 async def test_next_sentence_ahead(writing: Server, deepgram: Deepgram) -> None:
@@ -150,7 +99,7 @@ async def test_next_sentence_ahead(writing: Server, deepgram: Deepgram) -> None:
 
 async def test_no_gap(deepgram: Deepgram) -> None:
     """Written faster than it is spoken, a text is heard without silence in between."""
-    pieces = [f"Without gap {number}." for number in range(6)]
+    pieces = [f"Without gap, sentence {word}." for word in ("alpha", "bravo", "carol", "delta")]
     # It plays so slowly that only a server that waits for it would leave a gap.
     async with (
         Server({"DEEPGRAM_URL": deepgram.url}, SCRIPT) as server,
@@ -158,6 +107,23 @@ async def test_no_gap(deepgram: Deepgram) -> None:
     ):
         await phone.until(lambda: len(phone.received) == len(texts(*pieces)))
         assert len(phone.heard) < len(noise(pieces[0]))
+
+
+async def test_long_text(server: Server, deepgram: Deepgram) -> None:
+    """A str of over 2000 characters is cut, too, the next piece asked for while one is spoken."""
+    sentences = [f"This is sentence number {number:03} of so many." for number in range(57)]
+    pieces = [" ".join(sentences[at : at + 7]) for at in range(0, 56, 7)]  # of under 300 characters
+    pieces.append(sentences[56])
+    go = asyncio.Event()
+    deepgram.answer(pieces[0], Answer(gate=go))
+    async with dial(server.url, parameters={"text": " ".join(sentences)}) as phone:
+        await phone.until_sound()
+        await deepgram.until_asked(pieces[1])
+        assert not deepgram.asked(pieces[2])
+        go.set()
+        await phone.hears(texts(*pieces))
+        assert len(phone.named("mark")) == 1
+    assert [len(deepgram.asked(piece)) for piece in pieces] == [1] * len(pieces)
 
 
 @pytest.mark.parametrize("how", ["key", "hang-up", "failure", "stop"])
@@ -268,7 +234,7 @@ async def test_drain(deepgram: Deepgram, tmp_path: Path) -> None:
         async with dial(server.url, parameters={"parts": parts}) as phone:
             await phone.until_sound()
             server.signal()
-            await server.logged("draining")
+            await server.until_draining()
             gate.touch()
             assert await phone.until_closed() == 1000
             assert phone.heard == texts("Drained one.", "Drained two.")
@@ -287,27 +253,30 @@ async def test_model_that_fails(writing: Server, deepgram: Deepgram) -> None:
 
 
 async def test_key_when_a_model_has_failed(deepgram: Deepgram) -> None:
-    """A key silences what was complete when the writing failed, but hides no failure."""
-    sound = noise("It fails in a moment.") * 10
+    """A key that silences what was complete when the writing failed ends that text like any."""
+    sound = noise("It fails in a moment.") * 5
     deepgram.answer("It fails in a moment.", Answer(sound, write_sizes=(100_000,)))
     parts = "It fails in a moment. |fail"
-    async with Server({"DEEPGRAM_URL": deepgram.url}, SCRIPT) as server:
-        async with dial(server.url, parameters={"parts": parts}, speed=1) as phone:
-            await phone.until_mark()
-            await phone.press("1")
-            assert await phone.until_closed() == 1011
-            assert phone.events[-1] == ("clear", "")
-            assert phone.received == sound
-        await server.logged(f"{phone.call_sid} ended: the script failed")
-        assert server.log.count("ZeroDivisionError: the model is gone") == 1
+    async with (
+        Server({"DEEPGRAM_URL": deepgram.url}, SCRIPT) as server,
+        dial(server.url, parameters={"parts": parts}, speed=1) as phone,
+    ):
+        await phone.until_mark()
+        await phone.press("1")
+        await phone.until_mark(2)
+        assert phone.received == sound + noise("After it.")
+        assert len(phone.named("clear")) == 1
 
 
 async def test_part_that_is_no_text(writing: Server) -> None:
-    """A part that is no str is the script's failure."""
-    async with dial(writing.url, parameters={"parts": "No text follows. |None"}) as phone:
+    """A part that is no str is the script's failure, None excepted."""
+    async with dial(writing.url, parameters={"parts": "Nothing follows. |None|"}) as phone:
+        assert await phone.until_closed() == 1000
+        assert phone.heard == texts("Nothing follows.", "After it.")
+    async with dial(writing.url, parameters={"parts": "A number follows. |seven"}) as phone:
         assert await phone.until_closed() == 1011
-        assert phone.heard == noise("No text follows.")
-    assert writing.lines("TypeError: .*str.*NoneType")
+        assert phone.heard == noise("A number follows.")
+    assert writing.lines("TypeError: .*int")
 
 
 async def test_pause(deepgram: Deepgram, tmp_path: Path) -> None:

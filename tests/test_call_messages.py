@@ -1,10 +1,8 @@
-"""Whatever comes in over the websocket, the greeting is heard, or the call ends in plain words."""
+"""Whatever comes over the websocket, the greeting is heard, or the call ends in plain words."""
 
-import asyncio
 import json
 import os
-import random
-import socket
+import re
 from typing import Any
 
 import pytest
@@ -12,8 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.benchmark import callers
-from tests.standins.deepgram import GREETING, Answer, Deepgram, noise
+from tests.standins.deepgram import GREETING, Deepgram, noise
 from tests.standins.process import Server
 from tests.standins.telephone import MULAW, dial
 
@@ -30,13 +27,9 @@ BAD: dict[str, str | bytes] = {
     "unknown event": '{"event": "transcript", "text": "hi"}',
     "media without audio": '{"event": "media"}',
     "binary": b"\x00\xff\x00",
-    "binary JSON": b'{"event": "stop"}',
+    "key without a digit": '{"event": "dtmf", "dtmf": {}}',
     "mark without a name": '{"event": "mark", "mark": {}}',
     "mark of a wrong type": '{"event": "mark", "mark": 7}',
-    "no digit": '{"event": "dtmf", "dtmf": {"digit": "x"}}',
-    "two digits": '{"event": "dtmf", "dtmf": {"digit": "12"}}',
-    "empty digit": '{"event": "dtmf", "dtmf": {"digit": ""}}',
-    "digit of a wrong type": '{"event": "dtmf", "dtmf": {"digit": 1}}',
     "lone surrogate": '{"event": "\\ud800", "\\udfff": "\\ud800"}',
     "NUL": '{"event": "\\u0000"}',
     "empty": "",
@@ -46,43 +39,26 @@ BAD: dict[str, str | bytes] = {
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", BAD)
 async def test_bad_message(server: Server, name: str, when: str) -> None:
-    """A message that Twilio does not send is ignored, with one warning, and all is heard."""
-    lines = len(server.log.splitlines())
+    """A message that Twilio does not send is ignored, and all is heard."""
     async with dial(server.url, start=False) as phone:
         if when == "after":
             await phone.start()
         await phone.send_raw(BAD[name])
-        await phone.send_raw(BAD[name])
         if when == "before":
             await phone.start()
-        await phone.until_heard(noise(GREETING))
-        assert phone.heard == noise(GREETING)
-        await phone.hang_up()
-    await server.logged(f"{phone.call_sid} ended: hung up")
-    levels = [line.split()[2] for line in server.log.splitlines()[lines:]]
-    assert sorted(levels) == ["INFO", "INFO", "WARNING"]
+        await phone.hears(noise(GREETING))
 
 
-async def test_all_bad_messages(closes_after_speech: Server, deepgram: Deepgram) -> None:
-    """All of them in one call: one warning that shows the first, the others at DEBUG only."""
-    go = asyncio.Event()
-    text = deepgram.answer("all bad messages", Answer(gate=go))
-    async with dial(closes_after_speech.url, parameters={"text": text}) as phone:
-        for message in BAD.values():
-            await phone.send_raw(message)
-        go.set()
-        assert await phone.until_closed() == 1000
-        assert phone.heard == noise(text)
-    await closes_after_speech.logged(f"{phone.call_sid} ended: completed")
-    lines = [
-        line
-        for line in closes_after_speech.log.splitlines()
-        if f"{phone.call_sid}: ignored" in line
-    ]
-    levels = [line.split()[2] for line in lines]
-    assert levels == ["WARNING", *["DEBUG"] * (len(BAD) - 1)]
-    for line, message in zip(lines, BAD.values(), strict=True):
-        assert f"unexpected message: {message!a}".startswith(line.partition("ignored an ")[2])
+async def test_all_bad_messages(deepgram: Deepgram) -> None:
+    """All of them in one call change nothing, and the log shows the first."""
+    async with Server({"DEEPGRAM_URL": deepgram.url}) as server:
+        async with dial(server.url, start=False) as phone:
+            for message in BAD.values():
+                await phone.send_raw(message)
+            await phone.start()
+            await phone.hears(noise(GREETING))
+        shown = r"WARNING call \(.*\): ignored an unexpected message: b'not json\{'$"
+        assert server.lines(shown)
 
 
 async def test_mark_never_sent(closes_after_speech: Server) -> None:
@@ -102,15 +78,14 @@ async def test_second_start(server: Server) -> None:
         await phone.until_heard(noise(GREETING))
         assert phone.heard == noise(GREETING)
         await phone.hang_up()
-    await server.logged(f"{phone.call_sid}: ignored an unexpected message")
 
 
 @pytest.mark.parametrize(
     "start",
     [
         {"callSid": 7, "customParameters": None},
-        {"customParameters": {"text": 7, "model": None, "1": "\ud800\x00"}},
-        {"customParameters": ["text"], "callSid": "CA\n2026-11-22 INFO forged"},
+        {"customParameters": {"1": "\ud800\x00"}},
+        {"callSid": "CA\n2026-11-22 INFO forged", "accountSid": ["AC"]},
         {"mediaFormat": MULAW | {"more": [1]}, "more": {}},
         {"mediaFormat": None},
     ],
@@ -119,9 +94,20 @@ async def test_odd_start(server: Server, start: dict[str, Any]) -> None:
     """What a start has too much, too little or of a wrong type is done without."""
     async with dial(server.url, start=False) as phone:
         await phone.send("start", start={"streamSid": phone.stream_sid, **start})
-        await phone.until_heard(noise(GREETING))
-        assert phone.heard == noise(GREETING)
+        await phone.hears(noise(GREETING))
     assert "\n2026-11-22 INFO forged" not in server.log
+
+
+async def test_parameters_are_text(deepgram: Deepgram) -> None:
+    """A script finds a str in every parameter, whatever has come."""
+    script = "async def script(call):\n    yield ' '.join(sorted(call.parameters.values()))\n"
+    async with (
+        Server({"DEEPGRAM_URL": deepgram.url}, script) as server,
+        dial(server.url, start=False) as phone,
+    ):
+        start = phone.start_fields() | {"customParameters": {"a": 7, "b": "x", "c": [1]}}
+        await phone.send("start", start=start)
+        await phone.hears(noise("7 [1] x"))
 
 
 @pytest.mark.parametrize("key", ["mediaFormat", "callSid", "customParameters", "accountSid"])
@@ -134,19 +120,7 @@ async def test_start_lacks(server: Server, key: str) -> None:
         await phone.until_heard(noise(GREETING))
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"encoding": "audio/opus"}, {"sampleRate": 16000}, {"channels": 2}]
-)
-async def test_other_format(server: Server, wrong: dict[str, Any]) -> None:
-    """A start whose format is not the one that we speak ends that call."""
-    async with dial(server.url, start=False) as phone:
-        await phone.send("start", start=phone.start_fields() | {"mediaFormat": MULAW | wrong})
-        assert await phone.until_closed() == 1008
-        assert phone.events == []
-    await server.logged(f"WARNING call {phone.call_sid} ended: the stream is not 8 kHz mulaw")
-
-
-@pytest.mark.parametrize("start", [None, [], "MZ", 7, {}, {"streamSid": ""}, {"streamSid": 7}])
+@pytest.mark.parametrize("start", [None, [], "MZ", 7, {}, {"streamSid": ""}, {"streamSid": None}])
 async def test_impossible_start(impatient: Server, start: Any) -> None:
     """A start that has no stream SID is none."""
     async with dial(impatient.url, start=False) as phone:
@@ -162,7 +136,7 @@ async def test_no_start(impatient: Server) -> None:
         await phone.voice(3)
         assert await phone.until_closed() == 1008
         assert phone.ws.close_reason == "no start within 1 s"
-    await impatient.logged(r"WARNING connection from \(.*\) ended: no start within 1 s")
+    await impatient.logged(r"INFO call \(.*\) ended: no start within 1 s; no audio sent$")
 
 
 async def test_large_message(server: Server) -> None:
@@ -176,92 +150,20 @@ async def test_large_message(server: Server) -> None:
         assert await phone.until_closed() == 1009
         await other.until_heard(noise(GREETING))
         assert other.heard == noise(GREETING)
-    line = await server.logged(f"WARNING call {phone.call_sid} ended: connection failed")
-    assert "1009 (message too big)" in line
-
-
-async def test_many_keys(server: Server, deepgram: Deepgram) -> None:
-    """Keys beyond those that a script could ever want are forgotten, but still interrupt."""
-    go = asyncio.Event()
-    text = deepgram.answer("many keys", Answer(write_sizes=(1, 5000), gate=go))
-    async with dial(server.url, parameters={"text": text}, speed=0.01) as phone:
-        for _ in range(300):
-            await phone.press("1")
-        await phone.send("unknown")
-        await server.logged(f"{phone.call_sid}: ignored")  # so the keys before it have come
-        go.set()
-        await phone.until_mark()
-        await phone.press("1")
-        await phone.until(lambda: phone.events[-1] == ("clear", ""))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "max_silence_seconds", "outcome"), [(0.3, 1000, "completed"), (500, 1, "no audio")]
-)
-async def test_peer_that_reads_nothing(
-    deepgram: Deepgram, seconds: float, max_silence_seconds: float, outcome: str
-) -> None:
-    """Who stops reading is let go, whether the network still takes all of the speech or not."""
-    sound = random.Random(0).randbytes(int(seconds * 8000))
-    text = deepgram.answer(f"{seconds} s for nobody", Answer(sound, write_sizes=(100_000,)))
-    settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
-    async with Server(
-        settings,
-        BYTES_PER_SECOND=80_000_000,  # as if all had been played as soon as it was sent
-        MAX_SILENCE_SECONDS=max_silence_seconds,
-        MARK_GRACE_SECONDS=0.3,
-        CLOSE_SECONDS=0.5,
-    ) as server:
-        async with dial(server.url, start=False) as phone:
-            phone.ws.transport.pause_reading()
-            await phone.start(text=text)
-            line = await server.logged(f"{phone.call_sid} ended: ")
-            assert outcome in line
-            assert "; the peer did not acknowledge the close; " in line
-            phone.drop()
-        async with dial(server.url) as phone:
-            await phone.until_heard(noise(GREETING))
-        server.signal()
-        assert await server.end() == 0
-
-
-async def test_hang_up_amid_much(deepgram: Deepgram) -> None:
-    """A hang-up is quiet also when the other side first reads all that was still to be sent."""
-    sound = random.Random(1).randbytes(2_300_000)  # more than the network's buffers take
-    text = deepgram.answer("much", Answer(sound, write_sizes=(100_000,)))
-    loop = asyncio.get_running_loop()
-
-    async def call(server: Server, close: bytes) -> None:
-        with socket.socket() as line:
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            line.setblocking(False)
-            await loop.sock_connect(line, ("127.0.0.1", server.port))
-            await loop.sock_sendall(line, callers.HANDSHAKE)
-            assert b" 101 " in await loop.sock_recv(line, 4096)
-            await loop.sock_sendall(line, callers.CONNECTED + callers.start(text))
-            await asyncio.sleep(1)  # until nothing more fits in
-            await loop.sock_sendall(line, close)
-            line.shutdown(socket.SHUT_WR)
-            while await loop.sock_recv(line, 65536):
-                pass
-
-    settings = {"DEEPGRAM_URL": deepgram.url}
-    async with Server(settings, flags=(), MAX_BUFFERED_SECONDS=1e9) as server:
-        endings = (callers.CLOSE, callers.STOP + callers.CLOSE, b"") * 5
-        await asyncio.gather(*(call(server, close) for close in endings))
-        server.signal()
-        assert await server.end() == 0
-        assert server.log.count("ended: hung up") == len(endings)
-        assert "ERROR" not in server.log
+    ended = await server.until_ended(phone.call_sid)
+    assert re.match(r"connection failed: .*1009 \(message too big\)", ended)
 
 
 # Arbitrary and almost valid messages
+
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
     max_leaves=8,
 )
+
+
 VALID: list[dict[str, Any]] = [
     {"event": "connected", "protocol": "Call", "version": "1.0.0"},
     {"event": "start", "start": {"streamSid": "MZ1", "callSid": "CA1", "mediaFormat": MULAW}},
@@ -296,7 +198,6 @@ messages = st.lists(
 @given(before=messages, after=messages)
 @hypothesis_settings(
     max_examples=250 if os.environ.get("CI") else 25,  # 10 000 messages, or 1000
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 async def test_any_messages(

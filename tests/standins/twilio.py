@@ -1,0 +1,3 @@
+"""What Twilio knows, beside the telephone."""
+
+TOKEN = "a-token-that-signs"
