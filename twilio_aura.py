@@ -60,7 +60,7 @@ async def script(call: Call) -> AsyncGenerator[Text]:
     """Yield the texts to speak, in order.
 
     Each `yield` returns once the caller has heard the text or interrupted it with a key. A script
-    may use the attributes that `Call` lists, and its method `digit`.
+    may use the attributes that `Call` lists, and its methods `digit`, `hang_up` and `redirect`.
     """
     text = call.parameters.get("text", "").strip()
     yield text or call.settings.greeting
@@ -68,6 +68,8 @@ async def script(call: Call) -> AsyncGenerator[Text]:
 
 # --- A call ---------------------------------------------------------------------------------------
 
+TWILIO_API = "https://api.twilio.com/2010-04-01"
+TWILIO_SECONDS = 5.0  # for its API to accept a connection, and then to answer
 START_SECONDS = 10.0  # Twilio sends `start` at once
 # Unplayed at Twilio when the next message is sent, of 0.4 s at most: Twilio then has 3 s. More
 # would delay a `clear` on a slow link.
@@ -104,6 +106,7 @@ class Call:
         self.close_after_speech = settings.close_after_speech
         self._ws = ws
         self._tts = tts
+        self._account_sid = ""
         self._stream_sid = ""  # empty until `start` has come
         self._digits = collections.deque[str](maxlen=MAX_UNREAD_DIGITS)
         self._returned_mark = ""
@@ -112,19 +115,55 @@ class Call:
         self._playback = Playback()
         # Around the text that is being spoken, else None: a key press makes it expire.
         self._text_timeout: asyncio.Timeout | None = None
+        self._stop_reason = "hung up"
         self._ended: asyncio.Future[tuple[int, str]] = asyncio.Future()  # close code, reason
 
     def __str__(self) -> str:
         return f"call {self.sid or self._ws.remote_address}"
 
-    async def digit(self) -> str:
-        """Return the next key pressed, or already pressed."""
-        while not self._digits:
-            # A script may wait for a key in another task while it speaks.
-            if self._draining and not self._text_timeout:
-                self.end(1000, "drained")
-            await self._change()
-        return self._digits.popleft()
+    async def digit(self, seconds: float | None = None) -> str:
+        """Return the next key pressed, or already pressed; "" after so many seconds without one."""
+        try:
+            async with timeout(seconds):
+                while not self._digits:
+                    # A script may wait for a key in another task while it speaks.
+                    if self._draining and not self._text_timeout:
+                        self.end(1000, "drained")
+                    await self._change()
+                return self._digits.popleft()
+        except TimeoutError:
+            return ""
+
+    async def hang_up(self) -> None:
+        """Have Twilio end the call; see `redirect`."""
+        await self.redirect("<Response><Hangup/></Response>")
+
+    async def redirect(self, twiml: str) -> None:
+        """Have Twilio go on with `twiml`, such as a <Dial>, in place of what follows </Connect>.
+
+        This needs TWILIO_AUTH_TOKEN. If Twilio rejects it or does not answer, the stream is closed,
+        so that what follows </Connect> is run. It does not return: the script is cancelled with the
+        end of the call, as by a hang-up. After that, as in a script's `finally`, it does nothing.
+        """
+        if self._ended.done():
+            return
+        self._stop_reason = "redirected"  # Twilio may end the stream before it answers
+        url = f"{TWILIO_API}/Accounts/{self._account_sid}/Calls/{self.sid}.json"
+        login = (self._account_sid, self.settings.twilio_auth_token)
+        try:
+            response = await in_thread(
+                requests.post, url, {"Twiml": twiml}, auth=login, timeout=TWILIO_SECONDS
+            )
+            response.raise_for_status()
+        except requests.RequestException as error:
+            log.error(
+                "%s: Twilio did not redirect it (%s): "
+                "check TWILIO_AUTH_TOKEN, the TwiML and the network",
+                self,
+                error,
+            )
+            self.end(1000, "not redirected")
+        await asyncio.Event().wait()  # until `run` cancels the script
 
     def end(self, code: int, reason: str) -> None:
         """End the call with this close code, unless it has ended already."""
@@ -180,7 +219,7 @@ class Call:
             if closed.sent and not closed.rcvd_then_sent:
                 self.end(closed.sent.code, f"connection failed: {closed}")
             else:
-                self.end(1000, "hung up")
+                self.end(1000, self._stop_reason)
 
     def _on_message(self, message: bytes) -> None:
         try:
@@ -195,7 +234,7 @@ class Call:
                 case "mark":
                     self._returned_mark = data["mark"]["name"]
                 case "stop":
-                    self.end(1000, "hung up")
+                    self.end(1000, self._stop_reason)
                 case _:
                     raise ValueError("an unknown event")
         except Exception:  # it may have any shape
@@ -209,6 +248,7 @@ class Call:
         self.parameters = {name: str(value) for name, value in parameters.items()}
         self.model = self.parameters.get("model", "").strip() or self.model
         self.sid = clean_sid(start.get("callSid"))
+        self._account_sid = clean_sid(start.get("accountSid"))
         self._stream_sid = stream_sid
         self._playback = Playback()  # whose clock starts now
         log.info("%s started", self)
@@ -729,7 +769,9 @@ class Settings:
     tls_cert: str = setting("", "PEM file with the certificate chain, to serve TLS")
     tls_key: str = setting("", "PEM file with its private key, unless TLS_CERT has it")
     public_url: str = setting("", "URL in the TwiML; empty: ask the local ngrok agent")
-    twilio_auth_token: str = setting("", "your token, to let only Twilio in", secret)
+    twilio_auth_token: str = setting(
+        "", "your token, to let only Twilio in, and to hang up", secret
+    )
     max_calls: int = setting("500", "maximum concurrent calls; the rest get a 503", positive_number)
     drain_seconds: int = setting("25", "how long a shutdown waits for current texts", whole_number)
     log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", level)

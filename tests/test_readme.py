@@ -25,8 +25,8 @@ import twilio_aura
 from tests.standins import poll
 from tests.standins.deepgram import GREETING, Deepgram, noise
 from tests.standins.process import MODULE, ROOT, Server, reserved_ports
-from tests.standins.telephone import dial, sign
-from tests.standins.twilio import TOKEN
+from tests.standins.telephone import Telephone, dial, sign
+from tests.standins.twilio import TOKEN, TwilioApi
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -86,24 +86,69 @@ def write(path: Path, source: str) -> Path:
     return path
 
 
-async def test_menu(deepgram: Deepgram, tmp_path: Path) -> None:
-    """The menu works as a file of its own."""
-    settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
+def menu_prompt(greeting: str = "") -> bytes:
+    """Return the audio of the menu's prompt."""
+    return noise(f"{greeting}Press 1 for our opening hours, 0 for a person, or star to hang up.")
+
+
+HOURS = "We are open from nine to five."
+TO_A_PERSON = "One moment, please."
+
+
+@asynccontextmanager
+async def calling(
+    deepgram: Deepgram, program: Path, speed: float = 1000.0
+) -> AsyncIterator[tuple[Telephone, TwilioApi]]:
+    """Yield a call to this program, and what it asks of Twilio."""
+    settings = {"DEEPGRAM_URL": deepgram.url, "TWILIO_AUTH_TOKEN": TOKEN}
     async with (
-        Server(settings, write(tmp_path / "menu.py", MENU)) as server,
-        dial(server.url, parameters={"name": "Ada"}) as phone,
+        TwilioApi() as twilio,
+        Server(settings, program, TWILIO_API=twilio.url) as server,
+        dial(
+            server.url,
+            parameters={"name": "Ada"},
+            headers=sign(server.url, TOKEN),
+            speed=speed,
+        ) as phone,
     ):
-        for number, key in enumerate("17*", 1):
+        twilio.phones.append(phone)
+        yield phone, twilio
+
+
+@pytest.mark.parametrize(
+    ("keys", "after", "twiml"),
+    [
+        ({1: "1", 3: "*"}, [HOURS, None, "Goodbye."], "<Hangup/>"),
+        ({1: "7", 2: "0"}, [None, TO_A_PERSON], "<Dial>+15550100</Dial>"),
+        ({}, [None, None, "Goodbye."], "<Hangup/>"),
+    ],
+)
+async def test_menu(
+    deepgram: Deepgram, tmp_path: Path, keys: dict[int, str], after: list[str | None], twiml: str
+) -> None:
+    """The menu works as a file of its own: keys after texts, silence, and both its ends."""
+    menu = MENU if keys else MENU.replace("digit(5)", "digit(0.1)")
+    async with calling(deepgram, write(tmp_path / "menu.py", menu)) as (phone, twilio):
+        for number, key in keys.items():
             await phone.until_returned(number)
             await phone.press(key)
         assert await phone.until_closed() == 1000
-    texts = [
-        "Hello Ada. Press 1 for our opening hours, or star to end.",
-        "We are open from nine to five.",
-        "Please press 1 or star.",
-        "Goodbye.",
-    ]
-    assert phone.received == b"".join(map(noise, texts))
+    heard = menu_prompt("Hello Ada. ")
+    for text in after:
+        heard += menu_prompt() if text is None else noise(text)
+    assert phone.received == heard
+    assert list(twilio.twiml.values()) == [f"<Response>{twiml}</Response>"]
+
+
+async def test_key_during_the_menus_answer(deepgram: Deepgram, tmp_path: Path) -> None:
+    """A key that is pressed while the menu answers is taken without another prompt."""
+    async with calling(deepgram, write(tmp_path / "menu.py", MENU), speed=1.0) as (phone, twilio):
+        for number, key in enumerate("10", 1):
+            await phone.until_mark(number)
+            await phone.press(key)
+        assert await phone.until_closed() == 1000
+    assert phone.received == menu_prompt("Hello Ada. ") + noise(HOURS) + noise(TO_A_PERSON)
+    assert list(twilio.twiml.values()) == ["<Response><Dial>+15550100</Dial></Response>"]
 
 
 async def test_answer(deepgram: Deepgram, tmp_path: Path) -> None:

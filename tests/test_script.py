@@ -1,5 +1,7 @@
 """What a script can do, and what becomes of one that fails."""
 
+import asyncio
+
 import pytest
 
 from tests.standins.deepgram import GREETING, Answer, Deepgram, noise
@@ -49,6 +51,52 @@ async def test_menu(deepgram: Deepgram) -> None:
         assert await phone.until_closed() == 1000
         assert phone.received == said("Press a key.", "You pressed 7.", "You pressed 8.", "Bye.")
         assert len(phone.named("clear")) == 4
+
+
+COUNT = """
+async def script(call):
+    yield "Press keys."
+    keys = 0
+    while await call.digit(0):
+        keys += 1
+    yield f"You pressed {keys} keys."
+"""
+
+
+async def test_keys_do_not_pile_up(deepgram: Deepgram) -> None:
+    """Of the keys that no one waits for, the last hundred are remembered."""
+    go = asyncio.Event()
+    deepgram.answer("Press keys.", Answer(write_sizes=(1, 5000), gate=go))
+    async with Server({"DEEPGRAM_URL": deepgram.url}, COUNT) as server, dial(server.url) as phone:
+        for _ in range(150):
+            await phone.press("1")
+        await phone.ws.send("x" * 1000)  # so that the keys before it have come
+        await server.logged("ignored an unexpected message")
+        go.set()
+        await phone.hears(said("Press keys.", "You pressed 100 keys."))
+
+
+TIMES_OUT = """
+async def script(call):
+    yield f"After 0.2 s: {await call.digit(0.2)!r}."
+    yield f"At once: {await call.digit(0)!r}."
+    yield f"A key: {await call.digit(1000)}."
+    yield f"Without a number: {await call.digit()}."
+"""
+
+
+async def test_digit_with_a_time_out(deepgram: Deepgram) -> None:
+    """A script that waits so many seconds for a key gets "" if none comes, else the key."""
+    async with (
+        Server({"DEEPGRAM_URL": deepgram.url}, TIMES_OUT) as server,
+        dial(server.url) as phone,
+    ):
+        await phone.until_returned(2)
+        await phone.press("7")
+        await phone.until_returned(3)
+        await phone.press("8")
+        texts = "After 0.2 s: ''.", "At once: ''.", "A key: 7.", "Without a number: 8."
+        await phone.hears(said(*texts))
 
 
 TWO_WAIT = """
