@@ -339,7 +339,7 @@ class Call:
                 await self._emit(MARK % (self._stream_sid, name))
                 await self._until(lambda: self._returned_mark == name)
         except TimeoutError:
-            log.warning("%s: no mark came back", self)
+            log.warning("%s: no mark came back: does the TwiML have <Start>, not <Connect>?", self)
         self._playback.ends_at = 0.0  # not clear(): it was heard
 
     async def _emit(self, message: str) -> None:
@@ -424,7 +424,7 @@ READ_SECONDS = 5.0  # without a byte; Deepgram's first usually comes after 0.2 t
 MAX_RESPONSE_SECONDS = 120.0  # Deepgram sends 2000 characters' speech within some 20 s
 RETRY_PAUSES_SECONDS = (0.25, 0.5)  # after 429 and 5xx; a broken connection is retried at once
 ADVICE = {  # by HTTP status
-    400: "check DEEPGRAM_MODEL, or the TwiML's model parameter",
+    400: "check DEEPGRAM_MODEL, DEEPGRAM_OPTIONS, or the TwiML's model parameter",
     401: "check DEEPGRAM_API_KEY",
     402: "add credit at console.deepgram.com",
     403: "this key may not use this model: check DEEPGRAM_API_KEY and DEEPGRAM_MODEL",
@@ -483,6 +483,7 @@ class TextToSpeech:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._url = settings.deepgram_url.rstrip("/")
+        self._query = f"{FORMAT}&{settings.deepgram_options}".rstrip("&")
         self._session = requests.Session()
         self._session.auth = self._authorize  # a header alone would lose to ~/.netrc
         self._session.mount(
@@ -593,8 +594,11 @@ class TextToSpeech:
         return self._post_once(piece)
 
     def _post_once(self, piece: Piece) -> requests.Response:
+        version = "v1"  # which does not know Flux, Deepgram's newest voices
+        if piece.model.startswith("flux-"):
+            version = "v2"
         return self._session.post(
-            f"{self._url}/v1/speak?{FORMAT}",
+            f"{self._url}/{version}/speak?{self._query}",
             params={"model": piece.model},
             json={"text": piece.text},
             headers={"Accept-Encoding": "identity"},  # compressed audio comes only as a whole
@@ -758,6 +762,7 @@ class Settings:
     deepgram_api_key: str = setting("", "your key, from console.deepgram.com; required", secret)
     deepgram_url: str = setting("https://api.deepgram.com", "Deepgram API base URL", http_url)
     deepgram_model: str = setting("aura-asteria-en", "voice, unless the TwiML sets a model")
+    deepgram_options: str = setting("", "for Deepgram, such as speed=0.9&mip_opt_out=true")
     deepgram_concurrency: int = setting(
         "15", "concurrent requests your plan allows", positive_number
     )
@@ -917,6 +922,8 @@ class Server:
             response.headers["Content-Type"] = "application/json"
             return response
         if request.path != PATH:
+            if "Upgrade" in request.headers:
+                log.warning("rejected a handshake: the path is %s, not %.200a", PATH, request.path)
             return ws.respond(404, "Not found.\n")
         if self._settings.twilio_auth_token and not is_signed(request.headers, self._settings):
             return ws.respond(403, "Not signed by Twilio.\n")
@@ -1006,7 +1013,8 @@ def ngrok_url(port: int) -> str:
         api = requests.get(NGROK_API, timeout=1, proxies={"http": ""})  # not by a proxy
         for tunnel in api.json()["tunnels"]:
             url = str(tunnel["public_url"])
-            if url.startswith("https://") and tunnel["config"]["addr"].endswith(f":{port}"):
+            is_public = url.startswith("https://") and not url.endswith(".internal")  # ngrok's own
+            if is_public and tunnel["config"]["addr"].endswith(f":{port}"):
                 return url
     return ""
 

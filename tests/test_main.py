@@ -48,6 +48,7 @@ OTHER = tunnel("https://other.ngrok.app", "http://localhost:1")
 OURS = tunnel("https://ours.ngrok.app", "http://localhost:PORT")
 HTTP = tunnel("http://ours.ngrok.app", "http://localhost:PORT")
 TCP = tunnel("tcp://1.tcp.ngrok.io:12345", "localhost:PORT")
+INTERNAL = tunnel("https://ours.internal", "http://localhost:PORT")
 LONGER_PORT = tunnel("https://longer.ngrok.app", "http://localhost:1PORT")
 
 
@@ -55,11 +56,12 @@ LONGER_PORT = tunnel("https://longer.ngrok.app", "http://localhost:1PORT")
     ("answer", "public_url", "host"),
     [
         (f'{{"tunnels": [{OTHER}, {OURS}]}}', "", "ours.ngrok.app"),
-        (f'{{"tunnels": [{HTTP}, {TCP}, {OURS}]}}', "", "ours.ngrok.app"),
+        (f'{{"tunnels": [{HTTP}, {TCP}, {INTERNAL}, {OURS}]}}', "", "ours.ngrok.app"),
         (f'{{"tunnels": [{OURS}]}}', "ours.example.com", "ours.example.com"),
         (f'{{"tunnels": [{LONGER_PORT}]}}', "", "YOUR-HOST"),
         (f'{{"tunnels": [{HTTP}]}}', "", "YOUR-HOST"),
         (f'{{"tunnels": [{TCP}]}}', "", "YOUR-HOST"),
+        (f'{{"tunnels": [{INTERNAL}]}}', "", "YOUR-HOST"),
         ('{"tunnels": [7]}', "", "YOUR-HOST"),
         ("PORT", "", "YOUR-HOST"),
     ],

@@ -92,7 +92,7 @@ async def test_mark_never_returns(deepgram: Deepgram) -> None:
         assert await phone.until_closed() == 1000
         assert phone.heard == phone.received == noise(GREETING)
         assert asyncio.get_running_loop().time() - phone.times[-1] >= 0.5
-        warning = f"WARNING call {phone.call_sid}: no mark came back"
+        warning = f"WARNING call {phone.call_sid}: no mark came back: does the TwiML have "
         assert len(server.lines(warning)) == 1
 
 

@@ -62,6 +62,16 @@ async def test_other_paths(server: Server, path: str) -> None:
     assert await rejected(server.url.replace("/twilio", path)) == 404
 
 
+async def test_other_path_is_named(deepgram: Deepgram) -> None:
+    """A handshake at another path, a usual mistake, is in the log; a crawler's request is not."""
+    async with Server({"DEEPGRAM_URL": deepgram.url}) as server:
+        assert await rejected(server.url.replace("/twilio", "/media\u20ac")) == 404
+        assert (await http(server, "GET", "/robots.txt")).status_code == 404
+        warning = "WARNING rejected a handshake: the path is /twilio, not '/media"
+        assert await server.logged(warning)
+        assert "robots" not in server.log
+
+
 @pytest.mark.parametrize("public_url", [*VECTORS, "WSS://example.com/media"])
 async def test_vectors(deepgram: Deepgram, public_url: str) -> None:
     """Twilio's vectors: with and without slash and :443 a URL is the same; https is not wss."""

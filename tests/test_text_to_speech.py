@@ -15,7 +15,7 @@ from tests.standins.telephone import dial
 
 ADVICE = {
     302: "check DEEPGRAM_URL",
-    400: "check DEEPGRAM_MODEL",
+    400: "check DEEPGRAM_MODEL, DEEPGRAM_OPTIONS",
     401: "check DEEPGRAM_API_KEY",
     402: "credit",
     403: "check DEEPGRAM_API_KEY",
@@ -40,6 +40,33 @@ async def test_request(server: Server, deepgram: Deepgram) -> None:
     assert request.headers["authorization"] == f"Token {KEY}"
     assert request.headers["content-type"] == "application/json"
     assert request.headers["accept-encoding"] == "identity"
+
+
+async def test_options(deepgram: Deepgram) -> None:
+    """DEEPGRAM_OPTIONS is in the query of every request, as it is."""
+    options = "speed=0.9&mip_opt_out=true&tag=phone&tag=two%20words"
+    settings = {"DEEPGRAM_URL": deepgram.url, "DEEPGRAM_OPTIONS": options}
+    async with (
+        Server(settings) as server,
+        dial(server.url, parameters={"text": "With options."}) as phone,
+    ):
+        await phone.hears(noise("With options."))
+    (request,) = deepgram.asked("With options.")
+    assert request.target == (
+        "/v1/speak?encoding=mulaw&sample_rate=8000&container=none"
+        "&speed=0.9&mip_opt_out=true&tag=phone&tag=two%20words&model=aura-asteria-en"
+    )
+
+
+async def test_flux(server: Server, deepgram: Deepgram) -> None:
+    """A voice whose name begins with flux- is requested at /v2/speak, with the same query."""
+    model = "flux-alexis-en"
+    async with dial(server.url, parameters={"text": "In flux.", "model": model}) as phone:
+        await phone.hears(noise("In flux.", model))
+    (request,) = deepgram.asked("In flux.")
+    assert request.target == (
+        f"/v2/speak?encoding=mulaw&sample_rate=8000&container=none&model={model}"
+    )
 
 
 async def test_netrc(deepgram: Deepgram, tmp_path: Path) -> None:

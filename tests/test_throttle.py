@@ -52,6 +52,7 @@ async def send_often(server: Server, junk: bytes) -> None:
     [
         b"GET / HTTP/1.1\r\n\r\nGE",  # websockets logs a traceback for each
         HANDSHAKE,  # without a signature
+        HANDSHAKE.replace(b"/twilio", b"/other"),
     ],
 )
 async def test_junk_before_the_handshake(deepgram: Deepgram, junk: bytes) -> None:

@@ -165,7 +165,7 @@ class Deepgram(Observable):
         answer = planned.pop(0) if len(planned) > 1 else planned[0]
         if headers.get("authorization") != f"Token {KEY}":
             answer = Answer(status=401, body=INVALID_AUTH)
-        elif method != "POST" or urlsplit(target).path != "/v1/speak":
+        elif method != "POST" or urlsplit(target).path != path_of(request.model):
             answer = Answer(status=404, body=b"Not Found")
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
@@ -239,6 +239,11 @@ class Deepgram(Observable):
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
         return False
+
+
+def path_of(model: str) -> str:
+    """Return where Deepgram knows `model`."""
+    return "/v2/speak" if model.startswith("flux-") else "/v1/speak"
 
 
 INVALID_AUTH = json.dumps(
