@@ -5,5 +5,5 @@
   real server, in a process of its own.
 - demo.py: a simulated call that can be listened to: `python -m tests.demo`.
 - benchmark/: what a caller waits for, and what a call costs: `python -m tests.benchmark`.
-- requirements.txt: what these need beside the module's own requirements.
+- requirements.txt: what all of these need; demo-requirements.txt: what the demo needs.
 """

@@ -1,11 +1,12 @@
-"""Hear it without a phone: place a simulated call to the real server, and keep what was heard.
+"""Hear it without a phone: a simulated caller calls the real server, and what was heard is kept.
 
     python -m tests.demo
     python -m tests.demo --text "Guten Morgen." --model aura-2-viktoria-de --out morgen.wav
     python -m tests.demo --script menu.py --keys '1,2,*'
 
-With a DEEPGRAM_API_KEY, in the environment or in .env, the voice is Deepgram's; without one, an
-offline stand-in's. The exit status is 0 only if the caller heard everything.
+With a DEEPGRAM_API_KEY the voice is Deepgram's; without one, an offline stand-in's. The server has
+all your settings, from the environment and .env, but for HOST, PORT, TLS_CERT, TLS_KEY and
+TWILIO_AUTH_TOKEN: nothing is sent to Twilio. The exit status is 0 only if the caller heard all.
 """
 
 from __future__ import annotations
@@ -13,194 +14,363 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import contextlib
 import json
 import os
 import re
 import sys
-import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 try:
-    from dotenv import dotenv_values
-    from streamdouble.audio import ulaw_to_wav
-    from websockets.exceptions import WebSocketException
+    from websockets.exceptions import ConnectionClosed, WebSocketException
 
+    import twilio_aura
     from tests.standins import voice
     from tests.standins.deepgram import KEY, Deepgram
-    from tests.standins.process import PROXY_VARIABLES, Server
-    from tests.standins.telephone import BYTES_PER_SECOND, Telephone, dial
+    from tests.standins.observed import TELLS
+    from tests.standins.process import PROXY_VARIABLES, ROOT, Server
+    from tests.standins.telephone import BYTES_PER_SECOND, Telephone, dial, sign
+    from tests.standins.twilio import TOKEN, TwilioApi
 except ImportError as error:
-    print(f"{error}: pip install -r tests/requirements.txt", file=sys.stderr)
+    print(f"{error}: pip install -r tests/demo-requirements.txt", file=sys.stderr)
     sys.exit(2)
 
-SETTINGS = ("DEEPGRAM_API_KEY", "DEEPGRAM_URL", "DEEPGRAM_MODEL", "GREETING")
-SILENCE_SECONDS = 15.0  # in which nothing happens; the server itself gives up after about 10
-PAUSE_SECONDS = 1.0  # after what was heard, before a key is pressed or the caller hangs up
-LONG_SECONDS = 20.0
-CHARACTERS_PER_SECOND = 15
+OWN_SETTINGS = {"HOST": "127.0.0.1", "PORT": "0", "TLS_CERT": "", "TLS_KEY": ""}
+FOR_A_SLOW_VOICE = {"MAX_CHARACTERS": 150, "MAX_PIECE_CHARACTERS": 150, "READ_SECONDS": 60.0}
 
 
 class NotHeard(Exception):
     """The caller did not hear everything; the message says why in one sentence."""
 
 
-class Narrator:
-    """Prints a call as it happens, with the milliseconds since its first message."""
+# --- The server -----------------------------------------------------------------------------------
 
-    def __init__(self) -> None:
-        self._began = 0.0
-        self._sounds: list[int] = []  # sizes in bytes, since the last mark
 
-    def tell(self, who: str, what: str) -> None:
-        """Print that `who` does `what` now."""
-        now = time.perf_counter()
-        self._began = self._began or now
-        print(f"{(now - self._began) * 1000:7.0f} ms  {who}: {what}", flush=True)
+class ObservedServer(Server):
+    """The server, which passes on each line that it prints."""
+
+    on_line: Callable[[str], None]
+    passed_on = 0
+
+    def changed(self) -> None:
+        new = self.output[self.passed_on :]
+        self.passed_on += len(new)
+        for line in new.splitlines():
+            self.on_line(line)
+        super().changed()
+
+    async def stop(self) -> None:
+        """Have it stop, and read all that it has to say."""
+        if self.process.returncode is None:
+            self.signal()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(10):  # its script may do something at its end
+                await self.end()
+
+
+# --- The caller -----------------------------------------------------------------------------------
+
+
+class Caller:
+    """Plays the caller's part, by what the script tells of its own, and prints the call.
+
+    Args:
+        keys: What the caller presses, as `keys` returns it.
+        verbose: Whether to print Twilio's messages, too.
+        patience: How many seconds the script may neither speak nor wait.
+    """
+
+    def __init__(self, keys: list[str], verbose: bool, patience: float) -> None:
+        self.heard_seconds: list[float | None] = []  # of each text; None if it was cut off
+        self.is_sounding = False
+        self._sound_bytes = 0  # of the text that is sounding, as far as it has come
+        self._heard_bytes = 0  # before it
+        self.told: list[str] = []  # lines from the server's process, not yet followed
+        self._keys = keys
+        self._verbose = verbose
+        self._patience = patience
+        self._phone: Telephone | None = None
+        self._began_at = time.monotonic()
+        self._has_hung_up = False
+        self._unread_keys = 0
+        self._is_pausing = False
+        # What is known of the script.
+        self._idle_moments = 0  # tenths of the patience, since it last did something
+        self._is_speaking = False
+        self._texts = 0  # that are over
+        self._interrupted = -1  # the number of the text in which a key was pressed
+        self._waits: dict[int, dict[str, Any]] = {}
+        self._has_returned = False
+
+    def print(self, what: str) -> None:
+        """Print what happens now."""
+        print(f"{time.monotonic() - self._began_at:6.1f} s  {what}", flush=True)
+
+    # What is heard, by Twilio's messages
 
     def on_message(self, sender: str, message: str | bytes) -> None:
-        """Print one of the call's messages; of the many with sound, only the first."""
-        match json.loads(message):
-            case {"event": "media", "media": {"payload": payload}}:
-                if not self._sounds:
-                    self.tell(sender, "media, the first sound")
-                self._sounds.append(len(base64.b64decode(payload)))
-            case {"event": "mark", "mark": {"name": name}} if sender == "server":
-                seconds = sum(self._sounds) / BYTES_PER_SECOND
-                self.tell(sender, f"mark {name}, after {len(self._sounds)} media, {seconds:.1f} s")
-                self._sounds.clear()
-            case {"event": "mark", "mark": {"name": name}}:
-                self.tell(sender, f"mark {name}: the caller has heard what came before it")
-            case {"event": "start", "start": {"callSid": call_sid, "customParameters": parameters}}:
-                named = " with the parameter " * bool(parameters) + ", ".join(parameters)
-                self.tell(sender, f"start of call {call_sid}{named}")
-            case {"event": "dtmf", "dtmf": {"digit": digit}}:
-                self.tell(sender, f"the caller presses {digit}")
-            case {"event": "stop"}:
-                self.tell(sender, "stop, the caller hangs up")
-            case {"event": event}:
-                self.tell(sender, event)
+        """Take note of a message between Twilio and the server."""
+        fields = json.loads(message)
+        match sender, fields:
+            case "server", {"event": "media", "media": {"payload": payload}}:
+                size = len(base64.b64decode(payload))
+                fields["media"]["payload"] = f"{size} bytes"
+                self._begin_sound()
+                self._sound_bytes += size
+            case "server", {"event": "mark"}:
+                self._begin_sound()  # of a text that may have none
+            case "server", {"event": "clear"}:
+                self._end_sound(None)
+            case "Twilio", {"event": "mark"}:
+                self._end_sound(self._sound_bytes / BYTES_PER_SECOND)
+        if self._verbose:
+            self.print(f"{sender}: {json.dumps(fields)}")
 
+    def _begin_sound(self) -> None:
+        if self._phone and not self.is_sounding:
+            self.is_sounding = True
+            self._sound_bytes = 0
+            self._heard_bytes = len(self._phone.heard)
 
-async def listen(phone: Telephone, keys: list[str]) -> None:
-    """Press each of `keys` when all was heard; return when nothing more is said after the last."""
+    def _end_sound(self, seconds: float | None) -> None:
+        if self.is_sounding:  # else it is a mark that was cleared
+            self.is_sounding = False
+            self.heard_seconds.append(seconds)
 
-    def progress() -> tuple[int, int, int]:
-        return len(phone.events), len(phone.heard), len(phone.echoed_marks)
+    # What the script does, by lines from the server's process
 
-    def complete() -> bool:
-        marks = phone.named("mark")
-        return bool(marks) and progress() == (len(phone.events), len(phone.received), len(marks))
+    def on_line(self, line: str) -> None:
+        """Remember what the script tells, or prints, until it can be followed."""
+        self.told.append(line)
+        if self._phone:
+            self._phone.changed()
 
-    async def until_progress(seen: tuple[int, int, int]) -> None:
-        await phone.until(lambda: progress() != seen)
+    async def follow(self, phone: Telephone) -> None:
+        """Follow the script in all that it has told."""
+        while self.told:
+            printed, _, told = self.told.pop(0).partition(TELLS)
+            if printed:
+                print(printed, flush=True)
+            event = json.loads(told or "{}")
+            if event.get("event") not in ("waits", "waited") or event.get("key"):
+                self._idle_moments = 0
+            match event:
+                case {"event": "speaks"}:
+                    self._is_speaking = True
+                    self._end_pause()
+                case {"event": "spoke", "text": text}:
+                    await phone.until(lambda: len(self.heard_seconds) > self._texts)
+                    self._end_text(text)
+                case {"event": "waits", "wait": wait}:
+                    self._waits[wait] = event
+                case {"event": "waited", "wait": wait, "key": key}:
+                    self._waits.pop(wait, None)
+                    if key:
+                        self._unread_keys -= 1
+                    else:
+                        self._end_pause()
+                case {"event": "returned"}:
+                    self._has_returned = True
 
-    async def until_quiet() -> None:
-        with contextlib.suppress(TimeoutError):
-            while True:
-                async with asyncio.timeout(PAUSE_SECONDS if complete() else SILENCE_SECONDS):
-                    await until_progress(progress())
+    def _end_text(self, text: str) -> None:
+        quoted = '"' + " ".join(text.split()) + '"'
+        seconds = self.heard_seconds[self._texts]
+        if seconds is None:
+            self.print(f"caller hears only the beginning of: {quoted}")
+        else:
+            self.print(f"caller hears: {quoted} {seconds:.1f} s")
+        self._texts += 1
+        self._is_speaking = False
 
-    await until_quiet()
-    for key in keys:
+    def _end_pause(self) -> None:
+        if self._is_pausing and self._keys[0] == "w":
+            self._keys.pop(0)
+            self._idle_moments = 0
+        self._is_pausing = False
+
+    # What the caller does
+
+    async def converse(self, phone: Telephone) -> None:
+        """Play the caller's part until the call is over; raise NotHeard if it would never be."""
+        self._phone = phone
+        counting = asyncio.create_task(self._count_idle_moments(phone))
+        try:
+            while not self._has_hung_up and not phone.has_ended:
+                await phone.until(lambda: self._has_news(phone))
+                await self.follow(phone)
+                with suppress(ConnectionClosed):
+                    await self._act(phone)
+        finally:
+            counting.cancel()
+
+    def _has_news(self, phone: Telephone) -> bool:
+        is_late = self._idle_moments >= 10
+        return bool(self.told) or self._may_interrupt(phone) or is_late or phone.has_ended
+
+    def _may_interrupt(self, phone: Telephone) -> bool:
+        """Return whether some of a text has been heard, and a key is to be pressed in it."""
+        key = next(iter(self._keys), "")
+        if not key.startswith("+") or self._interrupted == self._texts:
+            return False
+        if len(self.heard_seconds) != self._texts or not self.is_sounding:
+            return False
+        return len(phone.heard) > self._heard_bytes
+
+    async def _act(self, phone: Telephone) -> None:
+        """Do what a caller does now, if anything."""
+        key = next(iter(self._keys), "")
+        is_awaited = bool(self._waits) and not self._unread_keys
+        if self._may_interrupt(phone):
+            self._interrupted = self._texts
+            await self._press(phone)
+        elif self._is_speaking or self._has_hung_up:
+            return
+        elif is_awaited and key and key[0] not in "+w":
+            await self._press(phone)
+        elif self._has_returned:
+            await self._hang_up(phone, "the script has returned")
+        elif is_awaited and key and not self._is_pausing:
+            self._is_pausing = True
+            self.print("caller presses nothing")
+        elif is_awaited and not key and not all(w["goes_on"] for w in self._waits.values()):
+            await self._hang_up(phone, "the script waits for a key, and none is left in --keys")
+        elif self._idle_moments >= 10:
+            await self._lose_patience(phone)
+
+    async def _press(self, phone: Telephone) -> None:
+        key = self._keys.pop(0).removeprefix("+")
+        self.print(f"caller presses {key}")
+        self._unread_keys += 1
         await phone.press(key)
-        await until_quiet()
-    heard, received = len(phone.heard) / BYTES_PER_SECOND, len(phone.received) / BYTES_PER_SECOND
-    if not complete() or not phone.heard:
-        raise NotHeard(
-            f"nothing happened for {SILENCE_SECONDS:.0f} s, and the caller had heard {heard:.1f} s "
-            f"of {received:.1f} s"
-        )
+
+    async def _hang_up(self, phone: Telephone, why: str) -> None:
+        if self._keys:
+            why += f"; not pressed: {','.join(self._keys)}"
+        self.print(f"caller hangs up: {why}")
+        self._has_hung_up = True
+        await phone.hang_up()
+
+    async def _count_idle_moments(self, phone: Telephone) -> None:
+        """Lose patience bit by bit, since the whole machine may stop: that is no idle script."""
+        while True:
+            await asyncio.sleep(self._patience / 10)
+            self._idle_moments += 1
+            for wait in self._waits.values():
+                if wait["seconds"] is not None and (self._is_pausing or not wait["goes_on"]):
+                    self._idle_moments = 0
+            if self._is_speaking:
+                self._idle_moments = 0
+            phone.changed()
+
+    async def _lose_patience(self, phone: Telephone) -> None:
+        """Hang up on a script that waits for a key; on any other, raise NotHeard."""
+        seconds = f"{self._patience:g} s"
+        if not self._waits or self._unread_keys:
+            raise NotHeard(f"for {seconds} the script neither said anything nor waited for a key")
+        if self._keys:
+            raise NotHeard(
+                f"{self._keys[0]} in --keys would never end: the script waits for a key, and has "
+                f"no time-out within {seconds}"
+            )
+        await self._hang_up(phone, f"for {seconds} the script has only waited for a key")
+
+    def conclude(self, phone: Telephone, twilio: TwilioApi) -> None:
+        """Print how the call has ended; raise ConnectionError unless the script wants it so."""
+        how = f"{phone.ws.close_code} {phone.ws.close_reason}"
+        if phone.call_sid in twilio.twiml:
+            self.print(f"script ends the call with {twilio.twiml[phone.call_sid]}")
+        elif how == "1000 completed":
+            self.print(f"server ends the call: {how}")
+        elif not self._has_hung_up:
+            raise ConnectionError(f"the call ended: {how}")
 
 
-def transcript(heard: bytes, made: dict[bytes, str]) -> str:
-    """Return what is said in `heard`, if it is whole pieces of what the voice has `made`."""
-    texts = []
-    while heard:
-        audio = max(filter(heard.startswith, made), key=len, default=b"")
-        if not audio:
-            raise NotHeard("what the caller heard is not, byte for byte, what the voice made")
-        texts.append(made[audio])
-        heard = heard[len(audio) :]
-    return " ".join(texts)
+# --- The call -------------------------------------------------------------------------------------
 
 
-def visible(text: str) -> str:
-    """Return `text` without its white space and control characters."""
-    return "".join(c for c in text if c.isprintable() and not c.isspace())
-
-
-def keep(heard: bytes, out: Path) -> None:
-    """Write what was heard, if anything was, in place of an older recording."""
-    if heard:
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent) as directory:
-            recording = Path(directory) / "call.wav"
-            ulaw_to_wav(heard, recording)
-            recording.replace(out)
+def server_settings() -> dict[str, str]:
+    """Return the settings that are the server's; raise StartError if .env can't be read."""
+    inherited = os.environ.copy()
+    twilio_aura.read_dotenv(Path(".env").absolute())
+    names = [*twilio_aura.SETTINGS, *PROXY_VARIABLES]
+    settings = {name: os.environ[name] for name in names if name in os.environ}
+    for name in os.environ.keys() - inherited.keys():
+        del os.environ[name]  # a script has its own variables no sooner than without the demo
+    settings |= OWN_SETTINGS
+    settings["TWILIO_AUTH_TOKEN"] = TOKEN
+    if not settings.get("PUBLIC_URL", "").strip():
+        settings["PUBLIC_URL"] = "wss://demo.invalid"  # else the server would ask ngrok
+    # The stand-ins for Deepgram and Twilio are behind no proxy.
+    no_proxy = settings.get("no_proxy") or settings.get("NO_PROXY", "")
+    settings["no_proxy"] = settings["NO_PROXY"] = f"127.0.0.1,{no_proxy}"
+    settings["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return settings
 
 
 async def demo(
-    text: str, model: str, out: Path, script: Path | None, keys: list[str], fast: bool
+    caller: Caller, text: str, model: str, script: Path | None, speed: float, out: Path
 ) -> None:
-    """Place the call and print it; raise NotHeard, or whatever kept the caller from hearing."""
-    values = {**dotenv_values(".env", encoding="utf-8-sig", interpolate=False), **os.environ}
-    settings = {name: values.get(name) for name in SETTINGS}
-    parameters = {name: value for name, value in (("text", text), ("model", model)) if value}
-    narrator = Narrator()
-    made: dict[bytes, str] = {}
-
-    def speak(text: str, model: str) -> bytes:
-        audio = voice.speak(text, model)
-        made[audio] = text
-        return audio
-
-    async with contextlib.AsyncExitStack() as stack:
-        if settings["DEEPGRAM_API_KEY"]:
-            # Deepgram may be behind a proxy.
-            settings |= {name: os.environ.get(name) for name in PROXY_VARIABLES}
-            print(f"Deepgram: {settings['DEEPGRAM_URL'] or 'the real one'}")
+    """Place the call; raise NotHeard, or whatever else kept the caller from hearing."""
+    settings = server_settings()
+    constants: dict[str, Any] = {
+        "MAX_BUFFERED_SECONDS": twilio_aura.MAX_BUFFERED_SECONDS * speed,
+        "MAX_SPEED": twilio_aura.MAX_SPEED * speed,
+    }
+    async with AsyncExitStack() as stack:
+        if settings.get("DEEPGRAM_API_KEY", "").strip():
+            print(f"Deepgram: {settings.get('DEEPGRAM_URL') or 'the real one'}")
         else:
-            deepgram = await stack.enter_async_context(Deepgram(speak))
+            deepgram = await stack.enter_async_context(Deepgram(voice.speak))
             settings |= {"DEEPGRAM_API_KEY": KEY, "DEEPGRAM_URL": deepgram.url}
+            constants |= FOR_A_SLOW_VOICE
             print("Deepgram: a stand-in with an offline voice, without a DEEPGRAM_API_KEY")
-        pacing = {"MAX_BUFFERED_SECONDS": 1e9, "MAX_SPEED": 1e9} if fast else {}
-        program = Server(settings, script, cwd="/", prefix=(), flags=(), **pacing)
-        server = await stack.enter_async_context(program)
+        seconds = len(text) / 15  # characters a second
+        if seconds > 20 * speed:
+            print(f"It takes about {seconds:.0f} s to listen to; --fast does not wait.")
+        print(flush=True)
+        twilio = await stack.enter_async_context(TwilioApi())
+        constants["TWILIO_API"] = twilio.url
+        serving = f"from tests.standins import observed\nobserved.serve({str(script or '')!r})"
+        server = ObservedServer(settings, serving, cwd=Path.cwd(), flags=(), **constants)
+        server.on_line = caller.on_line
+        await stack.enter_async_context(server)
         if not server.port:
             why = server.log.strip() or "its file has to call twilio_aura.main(script)"
             raise NotHeard(f"the server did not start: {why}")
-        print(f"server:   {server.url}")
-        seconds = len(text) / CHARACTERS_PER_SECOND
-        if seconds > LONG_SECONDS and not fast:
-            print(f"It takes about {seconds:.0f} s to listen to; --fast does not wait.")
-        print(flush=True)
-
-        call_sid = ""
-        speed = 1000.0 if fast else 1.0
+        caller.told.clear()  # by the server itself
         try:
             async with dial(
-                server.url, parameters=parameters, speed=speed, on_message=narrator.on_message
+                server.url,
+                parameters={n: value for n, value in (("text", text), ("model", model)) if value},
+                headers=sign(twilio_aura.stream_url(settings["PUBLIC_URL"]), TOKEN),
+                speed=speed,
+                on_message=caller.on_message,
             ) as phone:
-                call_sid = phone.call_sid
+                twilio.phones.append(phone)
                 try:
-                    await listen(phone, keys)
+                    await caller.converse(phone)
                 finally:
-                    keep(bytes(phone.heard), out)
-                await phone.hang_up()
-            narrator.tell("server", await server.logged(f"{call_sid} ended"))
-            said = transcript(bytes(phone.heard), made) if made else text
-            if text and not script and visible(said) != visible(text):
-                raise NotHeard("the server said something other than --text, or not all of it")
-        except (NotHeard, AssertionError, OSError, WebSocketException) as error:
-            # What the server says about it may still be under way.
-            with contextlib.suppress(TimeoutError, AssertionError):
-                async with asyncio.timeout(SILENCE_SECONDS):
-                    await server.until(lambda: server.ended or f"{call_sid} ended" in server.log)
-            reason = "the server has ended" if server.ended else error
-            raise NotHeard(f"{reason}. The server's log:\n{server.log.strip()}") from error
+                    if phone.heard:
+                        voice.write_wav(phone.heard, out)
+            await server.stop()
+            await caller.follow(phone)
+            caller.conclude(phone, twilio)
+        except (AssertionError, OSError, WebSocketException) as error:
+            await server.stop()
+            raise NotHeard(f"{error}. The server's log:\n{server.log.strip()}") from error
         seconds = len(phone.heard) / BYTES_PER_SECOND
-        print(f"\nThe caller heard all {seconds:.1f} s: listen to {out}.")
+        if not seconds:
+            print("\nNothing was said, so there is no recording.")
+        elif None not in caller.heard_seconds and not caller.is_sounding:
+            print(f"\nThe caller heard all {seconds:.1f} s: listen to {out}.")
+        else:
+            print(f"\nThe caller heard {seconds:.1f} s, all but what was cut off: listen to {out}.")
+
+
+# --- The command line -----------------------------------------------------------------------------
 
 
 def writable(name: str) -> Path:
@@ -219,11 +389,11 @@ def script_file(name: str) -> Path:
     return Path(name).absolute()
 
 
-def digits(text: str) -> list[str]:
+def keys(text: str) -> list[str]:
     """Return the keys in `text`, with or without commas in between."""
-    if not re.fullmatch("[0-9*#A-D,]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of 0 to 9, *, # and A to D")
-    return re.findall("[^,]", text)
+    if not re.fullmatch(r"(\+?[0-9*#A-D]|w|,)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 1,+2,w,# (see --help)")
+    return re.findall(r"\+?[^,+]", text)
 
 
 def main() -> int:
@@ -233,28 +403,29 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--text", type=str.strip, default="", help="what is said (default: the greeting)"
-    )
-    parser.add_argument("--model", default="", help="the voice (default: DEEPGRAM_MODEL)")
-    parser.add_argument(
-        "--script", type=script_file, metavar="FILE", help="a script in a file of your own"
-    )
-    parser.add_argument(
-        "--keys",
-        type=digits,
-        default=[],
-        help="keys that the caller presses, each after what was said, such as 1,2,#",
-    )
-    parser.add_argument("--out", type=writable, default="call.wav", help="default: %(default)s")
-    parser.add_argument("--fast", action="store_true", help="don't listen in real time")
-    arguments = parser.parse_args()
+    option = parser.add_argument
+    option("--text", type=str.strip, default="", help="what is said (default: the greeting)")
+    option("--model", default="", help="the voice (default: DEEPGRAM_MODEL)")
+    option("--script", type=script_file, metavar="FILE", help="a script in a file of your own")
+    keys_help = "1 when awaited, +2 during speech, w lets time run out"
+    option("--keys", type=keys, default=[], metavar="1,+2,w,#", help=keys_help)
+    option("--out", type=writable, default="call.wav", help="default: %(default)s")
+    option("--fast", action="store_true", help="don't listen in real time, unless a + is in --keys")
+    option("--verbose", action="store_true", help="print Twilio's messages, too")
+    patience_help = "for a script that neither speaks nor waits for a key (default: %(default)g)"
+    option("--patience", type=float, default=60.0, metavar="SECONDS", help=patience_help)
+    options = parser.parse_args()
+    caller = Caller(options.keys, options.verbose, options.patience)
+    speed = 1.0
+    if options.fast and "+" not in "".join(options.keys):
+        speed = 1000.0
+    call = demo(caller, options.text, options.model, options.script, speed, options.out)
     try:
-        asyncio.run(demo(**vars(arguments)))
+        asyncio.run(call)
     except KeyboardInterrupt:
         print("\nYou rang off before the caller had heard everything.", file=sys.stderr)
         return 130
-    except (NotHeard, AssertionError, OSError, UnicodeError) as error:
+    except (NotHeard, twilio_aura.StartError, OSError) as error:
         print(f"\nThe caller did not hear everything: {error}", file=sys.stderr)
         return 1
     return 0
