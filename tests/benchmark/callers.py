@@ -1,210 +1,113 @@
 """Callers as light as can be: what they measure is to be the server's time, not their own.
 
-Ready-made bytes go out on a bare asyncio transport, and of what comes only the moment is taken. The
-telephone of the tests, which checks every message, takes more time for a call than the server does.
+Ready-made bytes go out, and what comes is only searched for a word. The telephone of the tests,
+which checks every message, takes more time for a call than the server does.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import random
-import re
-import socket
-import struct
+import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
-from contextlib import asynccontextmanager
-from typing import TypeVar
 from urllib.parse import urlsplit
 
-from tests.standins.telephone import MULAW
+from tests.benchmark.processes import Process
+from tests.standins.telephone import HANDSHAKE, MULAW, frame
 
-T = TypeVar("T")
-WAIT_SECONDS = 60  # for what should come at once, before giving up
-NO_TEXT = ""  # of a call that names none, and so hears the greeting
-
-
-def frame(message: object) -> bytes:
-    """Return `message` as a websocket frame from a client, masked with zeros, which is free."""
-    data = json.dumps(message).encode()
-    short = len(data) < 126
-    length = bytes([0x80 | len(data)]) if short else struct.pack(">BH", 0x80 | 126, len(data))
-    return b"\x81" + length + b"\0\0\0\0" + data
+GREETING = ""  # the text of a call that is to hear the greeting, which has been said before
+SID = "MZ" * 17
+CONNECTED = frame({"event": "connected", "protocol": "Call", "version": "1.0.0"})
+AUDIO = {"track": "inbound", "chunk": "1", "timestamp": "5", "payload": "//" * 107}
+VOICE = frame({"event": "media", "sequenceNumber": "2", "media": AUDIO, "streamSid": SID})
+KEY_PRESS = frame({"event": "dtmf", "streamSid": SID, "dtmf": {"digit": "1"}})
+STOP = frame({"event": "stop", "sequenceNumber": "3", "streamSid": SID})
+PING = b"\x89\x80\0\0\0\0"
+PONG = b"\x8a\x00"
+CLOSE = b"\x88\x82\0\0\0\0\x03\xe8"  # 1000
+numbers = itertools.count(1)
 
 
 def start(text: str) -> bytes:
     """Return Twilio's `start` for a call on which `text` is to be said."""
-    fields = {
-        "streamSid": f"MZ{random.getrandbits(128):032x}",
-        "callSid": f"CA{random.getrandbits(128):032x}",
-        "mediaFormat": MULAW,
-        "customParameters": {"text": text} if text else {},
-    }
+    fields = {"streamSid": SID, "mediaFormat": MULAW, "customParameters": {"text": text}}
     return frame({"event": "start", "sequenceNumber": "1", "start": fields})
 
 
-HANDSHAKE = (
-    b"GET /twilio HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
-CONNECTED = frame({"event": "connected", "protocol": "Call", "version": "1.0.0"})
-STOP = frame({"event": "stop", "sequenceNumber": "3", "streamSid": "MZ"})
-VOICE = frame(
-    {
-        "event": "media",
-        "sequenceNumber": "2",
-        "media": {"track": "inbound", "chunk": "1", "timestamp": "5", "payload": "//" * 107},
-        "streamSid": "MZ" + "0" * 32,
-    }
-)
-PING, PONG = b"\x89\x80\0\0\0\0", b"\x8a\x00"
-CLOSE = b"\x88\x82\0\0\0\0" + struct.pack(">H", 1000)
+class Caller:
+    """A caller, who heard the first sound at `sound_at`."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        self._reader = reader
+        self.sound_at = 0.0
+
+    async def hear(self, text: str) -> None:
+        """Return when all of `text` has come; tell the server that it has been played."""
+        self.writer.write(start(text))
+        await self._reader.readuntil(b'"media"')
+        self.sound_at = time.perf_counter()
+        await self._reader.readuntil(b'"mark": {"name": "')
+        name = (await self._reader.readuntil(b'"'))[:-1].decode()
+        self.writer.write(frame({"event": "mark", "mark": {"name": name}}))
+
+    async def talk(self) -> None:
+        """Send the caller's voice, 50 messages a second, until the connection is closed."""
+        while not self.writer.is_closing():
+            self.writer.write(5 * VOICE)
+            await asyncio.sleep(0.1)
+
+    async def ping(self) -> None:
+        """Return when the server has read all that was sent."""
+        self.writer.write(PING)
+        await self._reader.readuntil(PONG)
+
+    async def hang_up(self) -> None:
+        """End the call, and return when the server has closed the connection."""
+        self.writer.write(STOP + CLOSE)
+        await self._reader.read()
+        self.writer.close()
 
 
-class BenchmarkCall(asyncio.Protocol):
-    """A call from Twilio, as light as can be: ready-made bytes out, and the time of what comes."""
-
-    def __init__(self) -> None:
-        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._expected = b""
-        self._came: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        if self._expected in data and not self._came.done():
-            self._came.set_result(time.perf_counter())
-        if data[0] == 0x89:  # a ping, which keeps the connection alive if answered
-            self.transport.write(bytes([0x8A, 0x80 | data[1]]) + b"\0\0\0\0" + data[2:][: data[1]])
-        if returned := re.search(rb'"mark": \{"name": "([^"]+)"', data):
-            name = returned[1].decode()
-            self.transport.write(frame({"event": "mark", "mark": {"name": name}}))
-
-    def connection_lost(self, _: Exception | None) -> None:
-        if not self._came.done():
-            self._came.cancel()
-        self.closed.set_result(None)
-
-    def send(self, data: bytes, until: bytes) -> asyncio.Future[float]:
-        """Send `data`; the future is the moment at which `until` comes back."""
-        if self.closed.done():
-            raise ConnectionError("the server has closed this call")
-        self._expected, self._came = until, asyncio.get_running_loop().create_future()
-        self.transport.write(data)
-        return self._came
-
-    async def hang_up(self, *, stop: bool = True) -> None:
-        """End the call and wait for the end of the connection."""
-        self.transport.write(STOP + CLOSE if stop else CLOSE)
-        await self.closed
-
-
-async def connect(url: str) -> BenchmarkCall:
-    """Open a connection on which nothing has been said."""
-    host, _, port = urlsplit(url).netloc.partition(":")
-    _, caller = await asyncio.get_running_loop().create_connection(BenchmarkCall, host, int(port))
-    return caller
-
-
-async def call(url: str) -> BenchmarkCall:
+async def call(url: str) -> Caller:
     """Open a call, up to where `start` is to be sent."""
-    caller = await connect(url)
-    await caller.send(HANDSHAKE, until=b" 101 ")
-    caller.transport.write(CONNECTED)
-    return caller
+    host, _, port = urlsplit(url).netloc.partition(":")
+    reader, writer = await asyncio.open_connection(host, port, limit=2**20)
+    writer.write(HANDSHAKE)
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(CONNECTED)
+    return Caller(reader, writer)
 
 
-async def all_of(coming: Iterable[Awaitable[T]]) -> list[T]:
-    """Return what all of `coming` comes to; raise TimeoutError if one does not come."""
-    async with asyncio.timeout(WAIT_SECONDS):
-        return await asyncio.gather(*coming)
+async def greeted(url: str, number: int) -> list[Caller]:
+    """Return so many callers who came at once and have heard the greeting."""
 
-
-async def first_frames(url: str, texts: Sequence[str], apart_seconds: float = 0.0) -> list[float]:
-    """Call once for each text; return the milliseconds from each `start` to its first frame.
-
-    All calls are open before the first `start`. With no time apart, the clock of every one runs
-    from the moment before the first of them.
-    """
-    callers = await all_of(call(url) for _ in texts)
-    starts = [start(text) for text in texts]
-    coming, began = [], time.perf_counter()
-    due = [began + number * apart_seconds for number in range(len(texts))]
-    for caller, data, at in zip(callers, starts, due, strict=True):
-        if apart_seconds:
-            await asyncio.sleep(at - time.perf_counter())
-        coming.append(caller.send(data, until=b'"media"'))
-    came = await all_of(coming)
-    await all_of(caller.hang_up() for caller in callers)
-    return [(moment - at) * 1000 for moment, at in zip(came, due, strict=True)]
-
-
-async def heard(url: str, calls: int) -> list[BenchmarkCall]:
-    """Open so many calls; return them when all have heard the greeting."""
-    callers = await all_of(call(url) for _ in range(calls))
-    await all_of(caller.send(start(NO_TEXT), until=b'"mark"') for caller in callers)
-    await all_of(caller.send(PING, until=PONG) for caller in callers)
-    return callers
-
-
-async def spread(
-    url: str, calls: int, seconds: float, *, talking: bool
-) -> list[asyncio.Task[None]]:
-    """Open so many calls evenly within so many seconds; return when all have heard the greeting.
-
-    If they are `talking`, they send their voice from `start` on, until these tasks are cancelled.
-    """
-    greeted = asyncio.Semaphore(0)
-
-    async def talk(starts_at: float) -> None:
-        await asyncio.sleep(starts_at - time.perf_counter())
+    async def one() -> Caller:
         caller = await call(url)
-        hearing = caller.send(start(NO_TEXT), until=b'"mark"')
-        hearing.add_done_callback(lambda it: None if it.cancelled() else greeted.release())
-        while not caller.closed.done():
-            if talking:
-                caller.transport.write(5 * VOICE)
-            starts_at += 0.1
-            await asyncio.sleep(max(0, starts_at - time.perf_counter()))
+        await caller.hear(GREETING)
+        return caller
 
-    began = time.perf_counter()
-    tasks = [asyncio.create_task(talk(began + number * seconds / calls)) for number in range(calls)]
-    await all_of(greeted.acquire() for _ in range(calls))
-    return tasks
+    return await asyncio.gather(*(one() for _ in range(number)))
 
 
-@asynccontextmanager
-async def slow_link(url: str, kilobits_per_second: int) -> AsyncIterator[str]:
-    """Run a proxy to `url` that is so slow towards each caller; yield its URL.
+async def wait_ms(
+    callers: int, new_texts: int, seconds: float, process: Process, rank: int = -1
+) -> float:
+    """Return the longest wait for the first sound, of callers who come within so many seconds.
 
-    What the server sends too fast queues without limit, as in networks whose buffers are too large.
+    All calls are open before the first `start`, and each clock runs from when `start` is due.
+    Without a new text all hear the greeting. Another `rank` is that in the order of the waits.
     """
-    loop, (host, _, port) = asyncio.get_running_loop(), urlsplit(url).netloc.partition(":")
 
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async def from_server() -> None:
-            free_at = loop.time()
-            while data := await loop.sock_recv(server, 1000):
-                free_at = max(free_at, loop.time()) + len(data) * 8 / 1000 / kilobits_per_second
-                await asyncio.sleep(free_at - loop.time())
-                writer.write(data)
+    async def one(caller: Caller, number: int) -> float:
+        due = began + number * seconds / callers
+        if seconds:
+            await asyncio.sleep(due - time.perf_counter())
+        await caller.hear(texts[number % len(texts)])
+        return (caller.sound_at - due) * 1000
 
-        async def to_server() -> None:
-            while data := await reader.read(1000):
-                await loop.sock_sendall(server, data)
-
-        with socket.socket() as server:
-            server.setblocking(False)
-            await loop.sock_connect(server, (host, int(port)))
-            ways = [asyncio.create_task(from_server()), asyncio.create_task(to_server())]
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
-        writer.close()
-
-    async with await asyncio.start_server(carry, "127.0.0.1", 0) as proxy:
-        yield f"ws://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+    texts = [f"New text {next(numbers)}." for _ in range(new_texts)] or [GREETING]
+    calls = await asyncio.gather(*(call(process.url) for _ in range(callers)))
+    began = time.perf_counter()
+    waits = await asyncio.gather(*(one(caller, number) for number, caller in enumerate(calls)))
+    await asyncio.gather(*(caller.hang_up() for caller in calls))
+    return sorted(waits)[rank]

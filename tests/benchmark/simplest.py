@@ -1,7 +1,8 @@
 """What the benchmark compares with: the simplest way to do it, as the first demos did.
 
 The whole clip is awaited, with `requests` in the event loop, and sent in one message. Meanwhile
-nobody else is served. `python -m tests.benchmark.simplest URL` asks the Deepgram at URL.
+nobody else is served. `DEEPGRAM_URL=… python -m tests.benchmark.simplest simplest` runs it;
+`baseline`, for developers, is the least that can be done with `websockets`.
 """
 
 from __future__ import annotations
@@ -9,36 +10,50 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import sys
 
 import requests
 from websockets.asyncio.server import ServerConnection, serve
 
-from tests.benchmark.baseline import HEADERS, SPEAK
-from tests.standins.deepgram import GREETING
+from tests.standins.deepgram import GREETING, KEY
+
+SPEAK = "/v1/speak?model=aura-asteria-en&encoding=mulaw&sample_rate=8000&container=none"
+HEADERS = {"Authorization": f"Token {KEY}", "Accept-Encoding": "identity"}
 
 
-async def serve_call(ws: ServerConnection) -> None:
-    """Say what `start` asks for; stop at a key."""
+async def simplest(ws: ServerConnection) -> None:
+    """Say what `start` asks for."""
     async for message in ws:
         fields = json.loads(message)
         if fields["event"] == "start":
-            stream_sid = fields["start"]["streamSid"]
-            text = fields["start"]["customParameters"].get("text", GREETING)
+            text = fields["start"]["customParameters"]["text"] or GREETING
             clip = requests.post(  # noqa: ASYNC210 (that is the point)
-                sys.argv[1] + SPEAK, headers=HEADERS, json={"text": text}, timeout=10
+                os.environ["DEEPGRAM_URL"] + SPEAK, headers=HEADERS, json={"text": text}, timeout=10
             ).content
-            media = {"payload": base64.b64encode(clip).decode()}
-            await ws.send(json.dumps({"event": "media", "streamSid": stream_sid, "media": media}))
-            mark = {"name": "1"}
-            await ws.send(json.dumps({"event": "mark", "streamSid": stream_sid, "mark": mark}))
-        elif fields["event"] == "dtmf":
-            await ws.send(json.dumps({"event": "clear", "streamSid": stream_sid}))
+            await say(ws, fields["start"]["streamSid"], clip)
+
+
+async def baseline(ws: ServerConnection) -> None:
+    """Answer a call with what is ready, then discard what comes."""
+    await ws.recv()  # connected
+    await ws.recv()  # start
+    await say(ws, "MZ", bytes(3200))
+    async for _ in ws:
+        pass
+
+
+async def say(ws: ServerConnection, sid: str, audio: bytes) -> None:
+    """Send `audio` and a mark."""
+    payload = base64.b64encode(audio).decode()
+    await ws.send(json.dumps({"event": "media", "streamSid": sid, "media": {"payload": payload}}))
+    await ws.send(json.dumps({"event": "mark", "streamSid": sid, "mark": {"name": "1"}}))
 
 
 async def main() -> None:
     """Serve until killed."""
-    async with serve(serve_call, "127.0.0.1", 0, compression=None) as server:
+    handler = {"simplest": simplest, "baseline": baseline}[sys.argv[1]]
+    async with serve(handler, "127.0.0.1", 0, compression=None, backlog=1024) as server:
         print(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
         await server.serve_forever()
 

@@ -260,8 +260,17 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--delay-seconds", type=float, default=0.2)
+    parser.add_argument("--clip-bytes", type=int, help="of every text's speech, then all the same")
+    parser.add_argument("--write-bytes", type=int, default=4000)
+    parser.add_argument("--pause-seconds", type=float, default=0.05, help="after every write")
     arguments = parser.parse_args()
-    default = Answer(delay_seconds=arguments.delay_seconds)
+    default = Answer(
+        delay_seconds=arguments.delay_seconds,
+        write_sizes=[arguments.write_bytes],  # by default ten times as fast as it is spoken
+        pause_seconds=arguments.pause_seconds,
+    )
+    if arguments.clip_bytes:
+        default.audio = random.Random(0).randbytes(arguments.clip_bytes)
     async with Deepgram(default=default, port=arguments.port) as deepgram:
         print(deepgram.url, flush=True)
         await asyncio.Event().wait()
