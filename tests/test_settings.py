@@ -115,7 +115,7 @@ async def test_dotenv_that_cannot_be_parsed(tmp_path: Path, deepgram: Deepgram) 
     settings = {"DEEPGRAM_API_KEY": None, "DEEPGRAM_URL": deepgram.url}
     async with Server(settings, cwd=tmp_path) as server, dial(server.url) as phone:
         await phone.hears(noise(GREETING))
-        assert len(server.lines("WARNING python-dotenv could not parse .* line 2")) == 1
+        assert len(server.lines("WARNING [Pp]ython-dotenv could not parse .* line 2")) == 1
 
 
 @pytest.mark.parametrize(
