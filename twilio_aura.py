@@ -71,10 +71,10 @@ async def script(call: Call) -> AsyncGenerator[Text]:
 TWILIO_API = "https://api.twilio.com/2010-04-01"
 TWILIO_SECONDS = 5.0  # for its API to accept a connection, and then to answer
 START_SECONDS = 10.0  # Twilio sends `start` at once
-# Unplayed at Twilio when the next message is sent, of 0.4 s at most: Twilio then has 3 s. More
-# would delay a `clear` on a slow link.
+# The next message, of 0.4 s at most, waits until Twilio has only this much left to play. More would
+# delay a `clear` on a slow link.
 MAX_BUFFERED_SECONDS = 2.6
-MAX_SPEED = 10.0  # times that of speech: it leaves room for the first sounds of other calls
+MAX_SPEED = 10.0  # times real time: a long text leaves room for other calls' first sounds
 MAX_SILENCE_SECONDS = 9.0  # then we close, and the TwiML goes on about 1 s later
 MARK_GRACE_SECONDS = 3.0  # for a mark after playback should have ended
 CLOSE_SECONDS = 2.0  # for the closing handshake, and then for what a script does at its end
@@ -175,8 +175,8 @@ class Call:
         receiver = asyncio.create_task(self._receive())
         sender = asyncio.create_task(self._send(script))
         code, reason = await self._ended
-        # asyncio raises AttributeError when a transport is aborted that has closed itself after its
-        # last data. websockets' close() may abort it, too, but not after we have.
+        # close() and abort() may abort a transport that has closed itself after its last data: then
+        # asyncio raises AttributeError. Once we have, websockets does it no more.
         with suppress(AttributeError):
             try:
                 async with timeout(CLOSE_SECONDS):
@@ -272,7 +272,7 @@ class Call:
             await self._run_script(script)
         except SpeechFailed as failure:
             self.end(1011, str(failure))
-        except BaseException as error:  # a cancellation is `run`'s once ended, else the script's
+        except BaseException as error:  # cancelled: by `run` once ended, else by the script
             if isinstance(error, Exception) or not self._ended.done():
                 log.exception("%s: the script failed", self)
                 self.end(1011, "the script failed")
@@ -286,7 +286,7 @@ class Call:
                     break
         if self.close_after_speech and not self._draining:
             self.end(1000, "completed")
-        await self._until(lambda: self._draining)  # or a hang-up, or until `run` cancels this
+        await self._until(lambda: self._draining)  # unless `run` cancels this first
         self.end(1000, "drained")
 
     async def _say(self, text: Text) -> None:
@@ -329,7 +329,7 @@ class Call:
         except TimeoutError:
             if silence.expired():
                 raise SpeechFailed(f"no audio for {MAX_SILENCE_SECONDS:.0f} s") from None
-            raise  # the text's own
+            raise  # `text` raised it
 
     async def _until_heard(self) -> None:
         """Wait for a mark, which Twilio returns when all before it has been played."""
@@ -518,8 +518,8 @@ class TextToSpeech:
     ) -> None:
         """Put the speech of each piece of `text` into `speeches`, and None at the end.
 
-        A task of its own, so that it runs ahead of the speech; and only one, since a time-out in
-        `text` must end in the task that it began in.
+        A task of its own, so that it runs ahead of the speech; and only one, since a `timeout()`
+        in `text` must exit in the task that it entered in.
         """
         try:
             async with aclosing(split_text(text)) as pieces:
@@ -594,7 +594,7 @@ class TextToSpeech:
         return self._post_once(piece)
 
     def _post_once(self, piece: Piece) -> requests.Response:
-        version = "v1"  # which does not know Flux, Deepgram's newest voices
+        version = "v1"  # it does not know Flux, Deepgram's newest voices
         if piece.model.startswith("flux-"):
             version = "v2"
         return self._session.post(
@@ -671,7 +671,7 @@ async def written_parts(text: Text) -> AsyncGenerator[str]:
                 yield part
     finally:
         if isinstance(parts, AsyncGenerator):
-            await parts.aclose()  # so that its writer stops; other iterators can't
+            await parts.aclose()  # so that its writer stops
 
 
 def length_of_piece(text: str) -> int:
@@ -865,7 +865,7 @@ class Server:
         status = await self._exit_requests.get()
         prefetching.cancel()
         listening.close(close_connections=False)
-        await asyncio.sleep(0)  # it closes in a task; after that, no call comes
+        await asyncio.sleep(0)  # close() only starts a task; now no call comes
         if self._calls:
             await self._drain()
         return status
@@ -1068,7 +1068,7 @@ def main(script: Script = script) -> int:
         settings = Settings.load()
         log.setLevel(settings.log_level)
         if settings.log_level == "DEBUG":
-            logging.getLogger("websockets").setLevel(logging.INFO)  # whom it rejects, but no frames
+            logging.getLogger("websockets").setLevel(logging.INFO)  # its rejections, not its frames
         if not settings.twilio_auth_token:
             log.warning("TWILIO_AUTH_TOKEN is not set: anyone can spend your Deepgram credit")
         raise_file_limit()
