@@ -321,8 +321,10 @@ class Call:
             ):
                 async for audio in chunks:
                     ahead = self._playback.ahead_seconds()
-                    if ahead:  # the further, the slower
-                        await asyncio.sleep(max(ahead / MAX_SPEED, ahead - MAX_BUFFERED_SECONDS))
+                    if ahead > MAX_BUFFERED_SECONDS:
+                        await asyncio.sleep(ahead - MAX_BUFFERED_SECONDS)
+                    elif ahead:  # not before the first sound
+                        await asyncio.sleep(ahead / MAX_SPEED)
                     await self._emit(MEDIA % (self._stream_sid, b64encode(audio).decode()))
                     self._playback.add(audio)
                     silence.reschedule(self._playback.ends_at + MAX_SILENCE_SECONDS)
@@ -860,7 +862,7 @@ class Server:
                 f"Cannot listen on {settings.host}:{settings.port} ({error}): {advice}."
             ) from None
         prefetching = asyncio.create_task(self._prefetch_greeting())
-        await asyncio.to_thread(announce, settings, listening.sockets[0].getsockname()[1])
+        await in_thread(announce, settings, listening.sockets[0].getsockname()[1])
         gc.freeze()  # else the first calls wait for 45 ms while all that was imported is searched
         status = await self._exit_requests.get()
         prefetching.cancel()

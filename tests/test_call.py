@@ -314,7 +314,7 @@ async def test_nothing_is_left(server: Server, deepgram: Deepgram) -> None:
     health = f"http://127.0.0.1:{server.port}/healthz"
     while (await asyncio.to_thread(requests.get, health, timeout=10)).json() != {"calls": 0}:
         await asyncio.sleep(0.01)
-    await poll(lambda: process.num_threads() <= 2)  # the main one and the one that asked ngrok
+    await poll(lambda: process.num_threads() == 1)
     await poll(
         lambda: not [c for c in process.net_connections() if c.raddr and c.laddr[1] == server.port]
     )

@@ -25,6 +25,12 @@ async def script(call):
 """
 
 
+@pytest.fixture
+def settings(deepgram: Deepgram) -> dict[str, str]:
+    """Return the settings of a server whose token is the one that Twilio knows."""
+    return {"DEEPGRAM_URL": deepgram.url, "TWILIO_AUTH_TOKEN": TOKEN}
+
+
 async def leaving(server: Server, key: str, twilio: TwilioApi) -> tuple[int, str]:
     """Press `key` on a call; return the close code, and how the call has ended."""
     async with dial(server.url, headers=sign(server.url, TOKEN)) as phone:
@@ -39,9 +45,8 @@ async def leaving(server: Server, key: str, twilio: TwilioApi) -> tuple[int, str
 
 
 @pytest.mark.parametrize(("key", "twiml"), [("0", DIAL), ("*", "<Response><Hangup/></Response>")])
-async def test_redirect(deepgram: Deepgram, key: str, twiml: str) -> None:
+async def test_redirect(settings: dict[str, str], key: str, twiml: str) -> None:
     """A script hangs up, or has Twilio go on with other TwiML; then it is over, like the call."""
-    settings = {"DEEPGRAM_URL": deepgram.url, "TWILIO_AUTH_TOKEN": TOKEN}
     async with TwilioApi() as twilio, Server(settings, LEAVES, TWILIO_API=twilio.url) as server:
         assert await leaving(server, key, twilio) == (1000, "redirected")
         assert list(twilio.twiml.values()) == [twiml]
@@ -51,9 +56,8 @@ async def test_redirect(deepgram: Deepgram, key: str, twiml: str) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 429, 500])
-async def test_redirect_rejected(deepgram: Deepgram, status: int) -> None:
+async def test_redirect_rejected(settings: dict[str, str], status: int) -> None:
     """Where Twilio rejects it, the stream is closed, so that the caller is not left in silence."""
-    settings = {"DEEPGRAM_URL": deepgram.url, "TWILIO_AUTH_TOKEN": TOKEN}
     async with (
         TwilioApi(status) as twilio,
         Server(settings, LEAVES, TWILIO_API=twilio.url) as server,
@@ -66,9 +70,8 @@ async def test_redirect_rejected(deepgram: Deepgram, status: int) -> None:
         assert "<Dial>" not in server.log
 
 
-async def test_redirect_without_an_answer(deepgram: Deepgram) -> None:
+async def test_redirect_without_an_answer(settings: dict[str, str]) -> None:
     """Where Twilio does not answer, it is the same."""
-    settings = {"DEEPGRAM_URL": deepgram.url, "TWILIO_AUTH_TOKEN": TOKEN}
     async with TwilioApi() as twilio:
         twilio.gate = asyncio.Event()
         async with Server(settings, LEAVES, TWILIO_API=twilio.url, TWILIO_SECONDS=0.5) as server:
@@ -77,20 +80,18 @@ async def test_redirect_without_an_answer(deepgram: Deepgram) -> None:
         twilio.gate.set()
 
 
-async def test_redirect_with_a_wrong_token(deepgram: Deepgram) -> None:
+async def test_redirect_with_a_wrong_token(settings: dict[str, str]) -> None:
     """Without TWILIO_AUTH_TOKEN, Twilio rejects it like any wrong one."""
-    async with TwilioApi() as twilio:
-        settings = {"DEEPGRAM_URL": deepgram.url}
-        async with Server(settings, LEAVES, TWILIO_API=twilio.url) as server:
-            assert await leaving(server, "*", twilio) == (1000, "not redirected")
-            (line,) = server.lines(" ERROR ")
-            assert "Twilio did not redirect it (401 " in line
+    del settings["TWILIO_AUTH_TOKEN"]
+    async with TwilioApi() as twilio, Server(settings, LEAVES, TWILIO_API=twilio.url) as server:
+        assert await leaving(server, "*", twilio) == (1000, "not redirected")
+        (line,) = server.lines(" ERROR ")
+        assert "Twilio did not redirect it (401 " in line
     assert twilio.twiml == {}
 
 
-async def test_hang_up_while_redirecting(deepgram: Deepgram) -> None:
+async def test_hang_up_while_redirecting(settings: dict[str, str]) -> None:
     """A caller who hangs up while Twilio is being asked is no error."""
-    settings = {"DEEPGRAM_URL": deepgram.url, "TWILIO_AUTH_TOKEN": TOKEN}
     async with TwilioApi(404) as twilio:
         twilio.gate = asyncio.Event()
         async with Server(settings, LEAVES, TWILIO_API=twilio.url) as server:
@@ -120,9 +121,8 @@ async def script(call):
 """
 
 
-async def test_redirect_after_the_end(deepgram: Deepgram) -> None:
+async def test_redirect_after_the_end(settings: dict[str, str]) -> None:
     """Once the caller has hung up, Twilio is not asked to end the call, and the script goes on."""
-    settings = {"DEEPGRAM_URL": deepgram.url, "TWILIO_AUTH_TOKEN": TOKEN}
     async with (
         TwilioApi() as twilio,
         Server(settings, ALWAYS_HANGS_UP, TWILIO_API=twilio.url) as server,
@@ -148,14 +148,10 @@ async def script(call):
 """
 
 
-async def test_redirect_amid_much_work(deepgram: Deepgram, tmp_path: Path) -> None:
+async def test_redirect_amid_much_work(settings: dict[str, str], tmp_path: Path) -> None:
     """Twilio is asked at once, however many threads the script keeps busy."""
     enough = tmp_path / "enough"
-    settings = {
-        "DEEPGRAM_URL": deepgram.url,
-        "TWILIO_AUTH_TOKEN": TOKEN,
-        "ENOUGH": str(enough),
-    }
+    settings["ENOUGH"] = str(enough)
     async with TwilioApi() as twilio, Server(settings, BUSY, TWILIO_API=twilio.url) as server:
         async with dial(server.url, headers=sign(server.url, TOKEN)) as phone:
             twilio.phones.append(phone)
@@ -164,9 +160,8 @@ async def test_redirect_amid_much_work(deepgram: Deepgram, tmp_path: Path) -> No
         enough.touch()
 
 
-async def test_redirect_does_not_hold_up_the_exit(deepgram: Deepgram) -> None:
+async def test_redirect_does_not_hold_up_the_exit(settings: dict[str, str]) -> None:
     """A second signal ends the process, though Twilio has not answered yet."""
-    settings = {"DEEPGRAM_URL": deepgram.url, "TWILIO_AUTH_TOKEN": TOKEN}
     async with TwilioApi() as twilio:
         twilio.gate = asyncio.Event()
         async with Server(settings, LEAVES, TWILIO_API=twilio.url, TWILIO_SECONDS=1000) as server:

@@ -11,7 +11,7 @@ from streamdouble import g711
 from streamdouble.audio import load_wav
 
 import twilio_aura
-from tests.standins.deepgram import KEY, Answer, Deepgram, noise
+from tests.standins.deepgram import KEY, Answer, Deepgram, noise, said
 from tests.standins.process import environment
 
 SCRIPT = """
@@ -87,7 +87,7 @@ class User:
 
     def assert_recorded(self, *texts: str) -> None:
         """Check that the recording has these texts, byte for byte."""
-        heard = g711.decode(b"".join(map(noise, texts)))
+        heard = g711.decode(said(*texts))
         assert np.array_equal(recording(self.directory), heard)
 
 

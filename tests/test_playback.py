@@ -28,6 +28,21 @@ async def test_not_too_far_ahead(deepgram: Deepgram) -> None:
             assert sent_seconds - (at - phone.times[0]) < 2.0  # MAX_BUFFERED_SECONDS and a message
 
 
+async def test_first_sounds_first(deepgram: Deepgram) -> None:
+    """A long text pauses after each of its messages, so that other callers hear something."""
+    text = deepgram.answer("long", Answer(noise("long") * 12, write_sizes=(32_000,)))
+    settings = {"DEEPGRAM_URL": deepgram.url}
+    async with (
+        # The next message comes after 400 s.
+        Server(settings, MAX_SPEED=0.001, MAX_SILENCE_SECONDS=1000) as server,
+        dial(server.url, parameters={"text": text}) as phone,
+        dial(server.url, parameters={"text": "short"}) as other,
+    ):
+        await phone.until_sound()
+        await other.until_sound()
+        assert len(phone.media_sizes) == 1
+
+
 def test_gap_by_the_clock() -> None:
     """What is sent after a gap is played from then on, and not from where the gap began."""
     playback = twilio_aura.Playback()

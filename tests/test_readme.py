@@ -23,7 +23,7 @@ from websockets.exceptions import InvalidStatus
 
 import twilio_aura
 from tests.standins import poll
-from tests.standins.deepgram import GREETING, Deepgram, noise
+from tests.standins.deepgram import GREETING, Deepgram, noise, said
 from tests.standins.process import MODULE, ROOT, Server, reserved_ports
 from tests.standins.telephone import Telephone, dial, sign
 from tests.standins.twilio import TOKEN, TwilioApi
@@ -162,13 +162,12 @@ async def test_answer(deepgram: Deepgram, tmp_path: Path) -> None:
         for key in "42#":
             await phone.press(key)
         await phone.until_mark(2)
-    texts = [
+    assert phone.received == said(
         "Hello! Press some digits, then the pound key.",
         "You pressed 42, then pound.",
         "That is all I know.",
         "Ask me more!",
-    ]
-    assert phone.received == b"".join(map(noise, texts))
+    )
 
 
 def test_script_files(tmp_path: Path) -> None:

@@ -4,14 +4,9 @@ import asyncio
 
 import pytest
 
-from tests.standins.deepgram import GREETING, Answer, Deepgram, noise
+from tests.standins.deepgram import GREETING, Answer, Deepgram, noise, said
 from tests.standins.process import MODULE, Server
 from tests.standins.telephone import dial
-
-
-def said(*texts: str) -> bytes:
-    """Return the audio of these, one after the other."""
-    return b"".join(map(noise, texts))
 
 
 async def test_default_script(deepgram: Deepgram) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.standins.deepgram import Answer, Deepgram, noise
+from tests.standins.deepgram import Answer, Deepgram, noise, said
 from tests.standins.process import Server
 from tests.standins.telephone import dial
 
@@ -46,11 +46,6 @@ async def writing(deepgram: Deepgram) -> AsyncIterator[Server]:
         assert "never retrieved" not in running.log
 
 
-def texts(*pieces: str) -> bytes:
-    """Return the audio of these, one after the other."""
-    return b"".join(map(noise, pieces))
-
-
 async def test_while_it_is_written(writing: Server, deepgram: Deepgram, tmp_path: Path) -> None:
     """A sentence is asked for when it is complete, the next one while it is spoken; one mark."""
     gate, second_gate = tmp_path / "gate", tmp_path / "second gate"
@@ -60,14 +55,14 @@ async def test_while_it_is_written(writing: Server, deepgram: Deepgram, tmp_path
         assert not deepgram.asked("The")
         gate.touch()
         await phone.until(
-            lambda: len(phone.heard) >= len(texts("The first one.", "The second one."))
+            lambda: len(phone.heard) >= len(said("The first one.", "The second one."))
         )
         assert phone.named("mark") == []
         assert f"{phone.call_sid} the model has stopped" not in writing.log
         second_gate.touch()
         assert await phone.until_closed() == 1000
         pieces = "The first one.", "The second one.", "The rest"
-        assert phone.heard == texts(*pieces, "After it.")
+        assert phone.heard == said(*pieces, "After it.")
         assert len(phone.named("mark")) == 2
     assert [len(deepgram.asked(piece)) for piece in pieces] == [1, 1, 1]
 
@@ -79,7 +74,7 @@ async def test_list(writing: Server, deepgram: Deepgram, tmp_path: Path) -> None
         await phone.until(lambda: phone.received == noise("- apples"))
         gate.touch()
         assert await phone.until_closed() == 1000
-        assert phone.heard == texts("- apples", "- pears", "After it.")
+        assert phone.heard == said("- apples", "- pears", "After it.")
     assert not deepgram.asked("-")
 
 
@@ -105,7 +100,7 @@ async def test_no_gap(deepgram: Deepgram) -> None:
         Server({"DEEPGRAM_URL": deepgram.url}, SCRIPT) as server,
         dial(server.url, parameters={"parts": " |".join(pieces)}, speed=0.02) as phone,
     ):
-        await phone.until(lambda: len(phone.received) == len(texts(*pieces)))
+        await phone.until(lambda: len(phone.received) == len(said(*pieces)))
         assert len(phone.heard) < len(noise(pieces[0]))
 
 
@@ -121,7 +116,7 @@ async def test_long_text(server: Server, deepgram: Deepgram) -> None:
         await deepgram.until_asked(pieces[1])
         assert not deepgram.asked(pieces[2])
         go.set()
-        await phone.hears(texts(*pieces))
+        await phone.hears(said(*pieces))
         assert len(phone.named("mark")) == 1
     assert [len(deepgram.asked(piece)) for piece in pieces] == [1] * len(pieces)
 
@@ -237,7 +232,7 @@ async def test_drain(deepgram: Deepgram, tmp_path: Path) -> None:
             await server.until_draining()
             gate.touch()
             assert await phone.until_closed() == 1000
-            assert phone.heard == texts("Drained one.", "Drained two.")
+            assert phone.heard == said("Drained one.", "Drained two.")
         assert await server.end() == 0
 
 
@@ -272,7 +267,7 @@ async def test_part_that_is_no_text(writing: Server) -> None:
     """A part that is no str is the script's failure, None excepted."""
     async with dial(writing.url, parameters={"parts": "Nothing follows. |None|"}) as phone:
         assert await phone.until_closed() == 1000
-        assert phone.heard == texts("Nothing follows.", "After it.")
+        assert phone.heard == said("Nothing follows.", "After it.")
     async with dial(writing.url, parameters={"parts": "A number follows. |seven"}) as phone:
         assert await phone.until_closed() == 1011
         assert phone.heard == noise("A number follows.")
@@ -304,7 +299,7 @@ async def test_cached(writing: Server, deepgram: Deepgram) -> None:
     for parts in ("Cached one. |Cached two.", "Cac|hed one. Cached| two."):
         async with dial(writing.url, parameters={"parts": parts}) as phone:
             assert await phone.until_closed() == 1000
-            assert phone.heard == texts("Cached one.", "Cached two.", "After it.")
+            assert phone.heard == said("Cached one.", "Cached two.", "After it.")
     assert [len(deepgram.asked(text)) for text in ("Cached one.", "Cached two.")] == [1, 1]
 
 
@@ -324,12 +319,17 @@ async def script(call):
 """
 
 
+async def heard(deepgram: Deepgram, script: str) -> bytes:
+    """Return all that a caller hears of `script`."""
+    settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
+    async with Server(settings, script) as server, dial(server.url) as phone:
+        assert await phone.until_closed() == 1000
+        return bytes(phone.heard)
+
+
 async def test_any_async_iterable(deepgram: Deepgram) -> None:
     """Any async iterable will do, also one that cannot be closed."""
-    settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
-    async with Server(settings, ITERATOR) as server, dial(server.url) as phone:
-        assert await phone.until_closed() == 1000
-        assert phone.heard == texts("No generator.", "But good.")
+    assert await heard(deepgram, ITERATOR) == said("No generator.", "But good.")
 
 
 WITHIN_A_TIME_OUT = """
@@ -349,10 +349,8 @@ async def script(call):
 
 async def test_time_out_around_what_it_writes(deepgram: Deepgram) -> None:
     """A generator is run by one task, so that a time-out may be around what it yields."""
-    settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}
-    async with Server(settings, WITHIN_A_TIME_OUT) as server, dial(server.url) as phone:
-        assert await phone.until_closed() == 1000
-        assert phone.heard == texts("Quick at first.", "And then.", "That is all.")
+    expected = said("Quick at first.", "And then.", "That is all.")
+    assert await heard(deepgram, WITHIN_A_TIME_OUT) == expected
 
 
 TIMES_OUT = """

@@ -30,6 +30,11 @@ def noise(text: str, model: str = "aura-asteria-en") -> bytes:
     return seeded.randbytes(seeded.randrange(3000, 5000))
 
 
+def said(*texts: str) -> bytes:
+    """Return the noise of these texts, one after the other."""
+    return b"".join(map(noise, texts))
+
+
 @dataclass
 class Answer:
     """What is done with one request.
