@@ -35,7 +35,7 @@ def environment(settings: Mapping[str, str | None]) -> dict[str, str]:
         k: v for k, v in os.environ.items() if k not in {*twilio_aura.SETTINGS, *PROXY_VARIABLES}
     }
     inherited["PYTHONPATH"] = str(ROOT)
-    inherited["PYTHONMALLOC"] = "pymalloc"  # -X dev has a slow one, that finds faults of C code
+    inherited["PYTHONMALLOC"] = "pymalloc"  # -X dev has a slow one, for faults of C code
     return inherited | {name: value for name, value in settings.items() if value is not None}
 
 
