@@ -175,8 +175,8 @@ class Call:
         receiver = asyncio.create_task(self._receive())
         sender = asyncio.create_task(self._send(script))
         code, reason = await self._ended
-        # close() and abort() may abort a transport that has closed itself after its last data: then
-        # asyncio raises AttributeError. Once we have, websockets does it no more.
+        # close() may abort the transport, and we do, so that websockets does not later. If it has
+        # closed itself meanwhile, after its last data, asyncio raises AttributeError.
         with suppress(AttributeError):
             try:
                 async with timeout(CLOSE_SECONDS):
@@ -867,7 +867,7 @@ class Server:
         status = await self._exit_requests.get()
         prefetching.cancel()
         listening.close(close_connections=False)
-        await asyncio.sleep(0)  # close() only starts a task; now no call comes
+        await asyncio.sleep(0)  # runs the task that close() started: now no call comes
         if self._calls:
             await self._drain()
         return status
