@@ -7,7 +7,7 @@
 
 It prints the TwiML to paste into a TwiML Bin. Twilio then opens a websocket for every call, a
 bidirectional Media Stream. A pair of tasks serves it: the receiver takes the stream SID, key
-presses and marks; the sender runs `script` and streams Deepgram's 8 kHz mulaw as it arrives.
+presses and marks; the sender runs `script`, and streams Deepgram's 8 kHz mulaw as it arrives.
 
 To change what callers hear, edit `script`, nothing else, or pass one of your own to `main`.
 """
@@ -18,11 +18,11 @@ import argparse
 import asyncio
 import collections
 import dataclasses
-import difflib
 import errno
+import faulthandler
 import functools
-import gc
 import hmac
+import http.cookiejar
 import inspect
 import json
 import logging
@@ -35,15 +35,16 @@ import threading
 import time
 from asyncio import timeout
 from base64 import b64encode
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import requests
 from dotenv import load_dotenv
 from websockets import ConnectionClosed, Headers, Request, Response, ServerConnection
+from websockets.asyncio.server import Server as ListeningServer
 from websockets.asyncio.server import serve
 
 log = logging.getLogger("twilio_aura")
@@ -51,36 +52,30 @@ log = logging.getLogger("twilio_aura")
 
 # --- What is said ---------------------------------------------------------------------------------
 
-# An async iterable is spoken while it is written. Language models' clients also send None.
+# An async iterable is spoken while it is written. The clients of language models also send None.
 Text = str | AsyncIterable[str | None]
-Script = Callable[["Call"], AsyncGenerator[Text]]
+Script = Callable[["Call"], Coroutine[Any, Any, object]]
 
 
-async def script(call: Call) -> AsyncGenerator[Text]:
-    """Yield the texts to speak, in order.
-
-    Each `yield` returns once the caller has heard the text or interrupted it with a key. A script
-    may use the attributes that `Call` lists, and its methods `digit`, `hang_up` and `redirect`.
-    """
-    text = call.parameters.get("text", "").strip()
-    yield text or call.settings.greeting
+async def script(call: Call) -> None:
+    """Say the text of the TwiML's <Parameter name="text">, or else the greeting."""
+    await call.say(call.parameters.get("text", "").strip() or call.settings.greeting)
 
 
 # --- A call ---------------------------------------------------------------------------------------
 
-TWILIO_API = "https://api.twilio.com/2010-04-01"
-TWILIO_SECONDS = 5.0  # for its API to accept a connection, and then to answer
-START_SECONDS = 10.0  # Twilio sends `start` at once
-# The next message, of 0.4 s at most, waits until Twilio has only this much left to play. More would
-# delay a `clear` on a slow link.
-MAX_BUFFERED_SECONDS = 2.6
-MAX_SPEED = 10.0  # times real time: a long text leaves room for other calls' first sounds
-MAX_SILENCE_SECONDS = 9.0  # then we close, and the TwiML goes on about 1 s later
-MARK_GRACE_SECONDS = 3.0  # for a mark after playback should have ended
-CLOSE_SECONDS = 2.0  # for the closing handshake, and then for what a script does at its end
-MAX_UNREAD_DIGITS = 100  # some scripts take none
-# The messages to Twilio, with exactly these keys: others cause warning 31951. Not by json.dumps,
-# which would search all the audio for something to escape.
+START_SECONDS = 10.0  # for Twilio's `start`, which usually comes at once
+# How long a text may bring no audio. The call is then closed, so that the TwiML goes on and a
+# caller is in silence for 10 s at most. The time-outs and retries for Deepgram fit into it.
+MAX_SILENCE_SECONDS = 9.0
+MARK_GRACE_SECONDS = 3.0  # for a mark to return once playback should have ended
+CLOSE_SECONDS = 2.0  # for the closing handshake, and for what a script or a text does at its end
+TWILIO_SECONDS = 5.0  # for Twilio's REST API to accept a connection and to answer
+STOP_SECONDS = 1.0  # for the `stop` of a caller who has hung up, which may be why Twilio rejects it
+MAX_UNREAD_DIGITS = 100  # since some scripts take none
+MULAW = {"encoding": "audio/x-mulaw", "sampleRate": 8000}
+# The messages to Twilio have exactly these keys: others cause warning 31951. They are not made by
+# json.dumps, since it would search all the audio for something to escape.
 MEDIA = '{"event": "media", "streamSid": "%s", "media": {"payload": "%s"}}'
 MARK = '{"event": "mark", "streamSid": "%s", "mark": {"name": "%s"}}'
 CLEAR = '{"event": "clear", "streamSid": "%s"}'
@@ -88,6 +83,9 @@ CLEAR = '{"event": "clear", "streamSid": "%s"}'
 
 class Call:
     """One call: what a script may use, and the pair of tasks that serves it.
+
+    A script uses these attributes, and `say`, `ask`, `digit`, `hang_up` and `redirect`. The server
+    uses `serve`, `drain` and `end`.
 
     Attributes:
         settings: The server's.
@@ -110,29 +108,78 @@ class Call:
         self._stream_sid = ""  # empty until `start` has come
         self._digits = collections.deque[str](maxlen=MAX_UNREAD_DIGITS)
         self._returned_mark = ""
-        self._draining = False
-        self._changed = asyncio.Event()  # set by each message but media, and by a drain
         self._playback = Playback()
-        # Around the text that is being spoken, else None: a key press makes it expire.
-        self._text_timeout: asyncio.Timeout | None = None
-        self._stop_reason = "hung up"
+        self._turn = asyncio.Lock()  # of the one `say` that may speak
+        self._is_speaking = False
+        self._is_interruptible = False  # the text that is being spoken
+        self._interruption: asyncio.Timeout  # A key interrupts the text by making it expire.
+        self._is_draining = False
+        self._stop_reason = "hung up"  # what it means when Twilio ends the stream
         self._ended: asyncio.Future[tuple[int, str]] = asyncio.Future()  # close code, reason
+        self._news = asyncio.Event()  # set by a message, by a drain and by the end of the call
 
     def __str__(self) -> str:
-        return f"call {self.sid or self._ws.remote_address}"
+        return f"call {self.sid or 'without a SID'}"
+
+    # What a script calls.
+
+    async def say(self, text: Text, interruptible: bool = True) -> bool:
+        """Speak `text`; return True once the caller has heard it, False if a key interrupted it.
+
+        Args:
+            text: A str, or an async iterable of str, which is spoken while it is written.
+            interruptible: Whether a key stops it. Keys are kept for `digit` and `ask` in any case.
+
+        Raises:
+            SpeechFailed: Deepgram has failed, or nothing has come for MAX_SILENCE_SECONDS.
+            TypeError: `text` is no text.
+            Exception: What `text` raises. What came before a failure is heard first.
+        """
+        if not isinstance(text, (str, AsyncIterable)):
+            kind = type(text).__name__
+            raise TypeError(f"a text is a str or an async iterable of str, not {kind}")
+        async with self._turn:
+            await self._go_on()
+            utterance = self._tts.speak(text, self.model)
+            self._is_speaking = True
+            self._is_interruptible = interruptible
+            try:
+                return await self._speak(utterance)
+            finally:
+                self._is_speaking = False
+                self._is_interruptible = False
+                self._news.set()  # for a `digit` in another task, if the call drains
+                await utterance.close()
+
+    async def ask(self, text: Text, count: int = 1, seconds: float = 5) -> str:
+        """Say `text`, unless a key is waiting already, and return the keys pressed.
+
+        Args:
+            text: As for `say`; raises the same.
+            count: How many keys are awaited. Of several, a # ends them early, and is not returned.
+            seconds: How long to wait for each key, once the text has been said.
+        """
+        if not self._digits:
+            await self.say(text)
+        keys = ""
+        while len(keys) < count:
+            key = await self.digit(seconds)
+            if not key or (key == "#" and count > 1):
+                break
+            keys += key
+        return keys
 
     async def digit(self, seconds: float | None = None) -> str:
         """Return the next key pressed, or already pressed; "" after so many seconds without one."""
+        await self._go_on()
         try:
             async with timeout(seconds):
-                while not self._digits:
-                    # A script may wait for a key in another task while it speaks.
-                    if self._draining and not self._text_timeout:
-                        self.end(1000, "drained")
-                    await self._change()
-                return self._digits.popleft()
+                while not self._digits:  # Another task of the script may have taken what came.
+                    await self._until_news()
+                    await self._go_on()
         except TimeoutError:
             return ""
+        return self._digits.popleft()
 
     async def hang_up(self) -> None:
         """Have Twilio end the call; see `redirect`."""
@@ -143,102 +190,150 @@ class Call:
 
         This needs TWILIO_AUTH_TOKEN. If Twilio rejects it or does not answer, the stream is closed,
         so that what follows </Connect> is run. It does not return: the script is cancelled with the
-        end of the call, as by a hang-up. After that, as in a script's `finally`, it does nothing.
+        end of the call, as by a hang-up.
         """
-        if self._ended.done():
-            return
-        self._stop_reason = "redirected"  # Twilio may end the stream before it answers
-        url = f"{TWILIO_API}/Accounts/{self._account_sid}/Calls/{self.sid}.json"
+        await self._raise_if_ended()
+        self._stop_reason = "redirected"  # Twilio may end the stream before it answers.
+        problem = await self._ask_twilio(twiml)
+        if problem:
+            log.error("%s: Twilio did not redirect it: %s", self, problem)
+            self.end(1000, "not redirected")
+        await self._until(self._ended.done)
+        await self._raise_if_ended()
+
+    async def _ask_twilio(self, twiml: str) -> str:
+        """Have Twilio go on with `twiml`; return what went wrong, for the log, or ""."""
+        if not self.settings.twilio_auth_token:
+            return "hang_up and redirect need TWILIO_AUTH_TOKEN"
+        account = f"{self.settings.twilio_api_url}/2010-04-01/Accounts/{self._account_sid}"
+        url = f"{account}/Calls/{self.sid}.json"
         login = (self._account_sid, self.settings.twilio_auth_token)
         try:
-            response = await in_thread(
-                requests.post, url, {"Twiml": twiml}, auth=login, timeout=TWILIO_SECONDS
-            )
-            response.raise_for_status()
-        except requests.RequestException as error:
-            log.error(
-                "%s: Twilio did not redirect it (%s): "
-                "check TWILIO_AUTH_TOKEN, the TwiML and the network",
-                self,
-                error,
-            )
-            self.end(1000, "not redirected")
-        await asyncio.Event().wait()  # until `run` cancels the script
+            async with timeout(TWILIO_SECONDS):
+                status, body = await in_thread(post_twiml, url, login, twiml)
+        except (TimeoutError, requests.RequestException) as error:
+            return f"no answer ({excerpt(error)}); check TWILIO_API_URL and the network"
+        if 200 <= status < 300:
+            return ""
+        self._stop_reason = "hung up"
+        if re.search('"code": ?21220', body):  # The call is not in progress any more.
+            self.end(1000, self._stop_reason)
+        await asyncio.sleep(STOP_SECONDS)  # If the caller has hung up, `stop` comes meanwhile.
+        await self._raise_if_ended()
+        advice = TWILIO_ADVICE.get(status, "check TWILIO_API_URL")
+        return f"{status} {excerpt(body)}; {advice}"
+
+    async def _go_on(self) -> None:
+        """End the call if it drains and nothing is being said; raise CancelledError if it ended."""
+        if self._is_draining and not self._is_speaking:
+            self.end(1000, "drained")
+        await self._raise_if_ended()
+
+    async def _raise_if_ended(self) -> None:
+        """Raise CancelledError if the call has ended.
+
+        `serve` has cancelled the script then. A script that has caught this is cancelled again by
+        whatever it calls. It may do so in a loop, which would block the event loop without a sleep.
+        """
+        if self._ended.done():
+            await asyncio.sleep(0.1)
+            raise asyncio.CancelledError
+
+    async def _until_news(self) -> None:
+        """Wait for the next message, a drain or the end of the call."""
+        self._news.clear()  # Nothing was awaited since the caller looked, so none is missed.
+        await self._news.wait()
+
+    async def _until(self, condition: Callable[[], object]) -> None:
+        """Wait until `condition` is true."""
+        while not condition():
+            await self._until_news()
+
+    # What the server calls.
+
+    async def serve(self, script: Script) -> None:
+        """Serve the call until the receiver, the sender or the server calls `end`."""
+        receiver = asyncio.create_task(self._receive())
+        sender = asyncio.create_task(self._perform(script))
+        code, reason = await self._ended
+        if not await self._close(code, reason):
+            reason += "; the peer did not acknowledge the close"
+        receiver.cancel()
+        sender.cancel()
+        await asyncio.wait([receiver, sender], timeout=CLOSE_SECONDS)
+        if not sender.done():
+            log.warning("%s: its script goes on: it has to let asyncio.CancelledError pass", self)
+        level = logging.INFO if self._stream_sid else logging.DEBUG
+        log.log(level, "%s ended: %s; %s", self, reason, self._playback.summary())
+
+    def drain(self) -> None:
+        """End the call after its current text, or where the script waits for a key."""
+        self._is_draining = True
+        self._news.set()
 
     def end(self, code: int, reason: str) -> None:
         """End the call with this close code, unless it has ended already."""
         if not self._ended.done():
             self._ended.set_result((code, reason))
+            self._news.set()
 
-    async def run(self, script: Script) -> None:
-        """Serve the call until one of the pair, or the server, calls `end`."""
-        receiver = asyncio.create_task(self._receive())
-        sender = asyncio.create_task(self._send(script))
-        code, reason = await self._ended
-        # close() may abort the transport, and we do, so that websockets does not later. If it has
-        # closed itself meanwhile, after its last data, asyncio raises AttributeError.
-        with suppress(AttributeError):
-            try:
-                async with timeout(CLOSE_SECONDS):
+    async def _close(self, code: int, reason: str) -> bool:
+        """Close the websocket; return whether the peer acknowledged that within CLOSE_SECONDS."""
+        try:
+            async with timeout(CLOSE_SECONDS):
+                # websockets aborts the transport of a connection that is closing already. If that
+                # transport has just closed itself, with its last data, asyncio's abort() raises.
+                with suppress(AttributeError):
                     await self._ws.close(code, reason)
-            except TimeoutError:
-                reason += "; the peer did not acknowledge the close"
-            self._ws.transport.abort()
-        receiver.cancel()
-        sender.cancel()
-        await asyncio.wait([receiver, sender], timeout=CLOSE_SECONDS)
-        log.info("%s ended: %s; %s", self, reason, self._playback.summary())
-
-    def drain(self) -> None:
-        """End the call after its current text, or where the script waits for a key."""
-        self._draining = True
-        self._changed.set()
-
-    async def _change(self) -> None:
-        """Wait for the next message or a drain."""
-        self._changed.clear()  # no await since the caller's check, so that none is missed
-        await self._changed.wait()
-
-    async def _until(self, condition: Callable[[], object]) -> None:
-        """Wait until `condition` is true."""
-        while not condition():
-            await self._change()
+        except TimeoutError:
+            self._ws.transport.abort()  # else websockets waits for 10 s more when `serve` returns
+            return False
+        return True
 
     # The receiver task: what Twilio tells us.
 
     async def _receive(self) -> None:
+        """Take Twilio's messages until the connection is closed."""
         try:
             while True:
                 message = await self._ws.recv(decode=False)
-                if self._stream_sid and b'"payload"' in message:
-                    continue  # the caller's audio, 50 messages a second: spare the parsing
-                self._on_message(message)
-                self._changed.set()
+                # The caller's audio comes 50 times a second, so it is not even parsed.
+                is_audio = b'"payload"' in message
+                if not (is_audio and self._stream_sid):
+                    self._on_message(message)
         except ConnectionClosed as closed:
-            # websockets closed first: no answer to pings, too large a message, a protocol error.
             if closed.sent and not closed.rcvd_then_sent:
+                # websockets has closed it, since a ping was not answered or a message is too large.
                 self.end(closed.sent.code, f"connection failed: {closed}")
+            elif closed.rcvd and closed.rcvd.code == 1001:
+                self.end(1000, "the proxy closed it (1001)")
             else:
                 self.end(1000, self._stop_reason)
 
     def _on_message(self, message: bytes) -> None:
+        event: object = None
         try:
-            data = json.loads(message)
-            match data["event"]:
+            fields = json.loads(message)
+            event = fields["event"]
+            match event:
                 case "connected":
                     pass
                 case "start":
-                    self._on_start(data["start"])
+                    self._on_start(fields["start"])
                 case "dtmf":
-                    self._on_digit(data["dtmf"]["digit"])
+                    self._digits.append(fields["dtmf"]["digit"])
+                    self._interrupt()
                 case "mark":
-                    self._returned_mark = data["mark"]["name"]
+                    self._returned_mark = fields["mark"]["name"]
                 case "stop":
                     self.end(1000, self._stop_reason)
                 case _:
                     raise ValueError("an unknown event")
-        except Exception:  # it may have any shape
-            log.warning("%s: ignored an unexpected message: %.200a", self, message)
+        except Exception:  # The message may have any shape.
+            size = len(message)
+            log.warning("%s: ignored a message of %d bytes, event %s", self, size, excerpt(event))
+            log.debug("%s: the message was %s", self, excerpt(message))
+        self._news.set()
 
     def _on_start(self, start: dict[str, Any]) -> None:
         stream_sid = clean_sid(start["streamSid"])
@@ -250,18 +345,23 @@ class Call:
         self.sid = clean_sid(start.get("callSid"))
         self._account_sid = clean_sid(start.get("accountSid"))
         self._stream_sid = stream_sid
-        self._playback = Playback()  # whose clock starts now
+        self._playback.started_at = time.monotonic()
         log.info("%s started", self)
+        media_format = start.get("mediaFormat") or MULAW
+        if not MULAW.items() <= media_format.items():
+            log.error("%s: leave audioFormat and sampleRate out of <Stream>", self)
+            self.end(1008, "the stream is not mulaw at 8000 Hz")
 
-    def _on_digit(self, digit: str) -> None:
-        self._digits.append(digit)
-        if self._text_timeout and self._playback.ends_at:  # not before the text's first sound
-            self._text_timeout.reschedule(0)
-            self._text_timeout = None
+    def _interrupt(self) -> None:
+        """Stop the text that is being spoken, if a key may do so and some of it has been sent."""
+        if self._is_interruptible and self._playback.is_playing:
+            self._is_interruptible = False
+            self._interruption.reschedule(0)  # A time that is long over: it expires now.
 
     # The sender task: what we say.
 
-    async def _send(self, script: Script) -> None:
+    async def _perform(self, script: Script) -> None:
+        """Run `script` once `start` has come; end the call when it has returned or failed."""
         try:
             async with timeout(START_SECONDS):
                 await self._until(lambda: self._stream_sid)
@@ -269,93 +369,207 @@ class Call:
             self.end(1008, f"no start within {START_SECONDS:.0f} s")
             return
         try:
-            await self._run_script(script)
+            returned = await script(self)
         except SpeechFailed as failure:
             self.end(1011, str(failure))
-        except BaseException as error:  # cancelled: by `run` once ended, else by the script
-            if isinstance(error, Exception) or not self._ended.done():
-                log.exception("%s: the script failed", self)
-                self.end(1011, "the script failed")
+        except BaseException as error:  # SystemExit, too, which would end the server
+            if self._ended.done() and isinstance(error, asyncio.CancelledError):
+                return  # `serve` has cancelled the script.
+            log.exception("%s: the script failed", self)
+            self.end(1011, "the script failed")
+        else:
+            await self._after_script(returned)
 
-    async def _run_script(self, script: Script) -> None:
-        """Say the texts of `script`, then wait for the end of the call."""
-        async with aclosing(script(self)) as texts:
-            async for text in texts:
-                await self._say(text)
-                if self._draining:
-                    break
-        if self.close_after_speech and not self._draining:
-            self.end(1000, "completed")
-        await self._until(lambda: self._draining)  # unless `run` cancels this first
-        self.end(1000, "drained")
+    async def _after_script(self, returned: object) -> None:
+        """End the call now or, if it is to stay open, when it drains."""
+        if returned is not None:
+            kind = type(returned).__name__
+            log.warning("%s: the script returned a %s: `await call.say(text)` says it", self, kind)
+        if self._is_draining or not self.close_after_speech:
+            await self._until(lambda: self._is_draining or self._ended.done())
+            self.end(1000, "drained")
+        self.end(1000, "completed")
 
-    async def _say(self, text: Text) -> None:
-        """Return when the caller has heard `text`, or pressed a key; raise what prevented it.
-
-        A failure is raised only after the audio before it was heard. So a TimeoutError that arrives
-        here means a key press, which ends the text even if it has failed.
-        """
+    async def _speak(self, utterance: Utterance) -> bool:
+        """Return whether the caller heard all of it; raise what failed, once the rest was heard."""
         failure: Exception | None = None
         try:
-            async with timeout(None) as self._text_timeout:
+            async with timeout(None) as self._interruption:
                 try:
-                    await self._stream(text)
+                    await self._stream(utterance)
                 except Exception as error:
                     failure = error
+                    utterance.stop()
                 await self._until_heard()
-        except TimeoutError:
-            self._playback.clear()
-            await self._emit(CLEAR % self._stream_sid)
-            return
-        finally:
-            self._text_timeout = None
+        except TimeoutError:  # `_interrupt` has made it expire.
+            await self._clear()
+            if isinstance(utterance.failure, Exception):
+                log.error("%s: the text failed", self, exc_info=utterance.failure)
+            return False
+        except asyncio.CancelledError:  # The script has a time-out around `say`, or the call ended.
+            await self._clear()
+            raise
         if failure:
             raise failure
+        return True
 
-    async def _stream(self, text: Text) -> None:
-        """Send Twilio the speech of `text` as it comes, but not too far ahead of what plays."""
+    async def _stream(self, utterance: Utterance) -> None:
+        """Send the speech of `utterance` as it comes, but not too far ahead of what plays."""
         try:
-            async with (
-                timeout(MAX_SILENCE_SECONDS) as silence,
-                aclosing(self._tts.speak(text, self.model)) as chunks,
-            ):
-                async for audio in chunks:
-                    ahead = self._playback.ahead_seconds()
-                    if ahead > MAX_BUFFERED_SECONDS:
-                        await asyncio.sleep(ahead - MAX_BUFFERED_SECONDS)
-                    elif ahead:  # not before the first sound
-                        await asyncio.sleep(ahead / MAX_SPEED)
-                    await self._emit(MEDIA % (self._stream_sid, b64encode(audio).decode()))
+            async with timeout(MAX_SILENCE_SECONDS) as silence:
+                while audio := await utterance.read():
+                    pause_seconds = self._playback.pause_seconds(audio)
+                    if pause_seconds:
+                        await asyncio.sleep(pause_seconds)
+                    await self._send(MEDIA % (self._stream_sid, b64encode(audio).decode()))
                     self._playback.add(audio)
                     silence.reschedule(self._playback.ends_at + MAX_SILENCE_SECONDS)
         except TimeoutError:
-            if silence.expired():
-                raise SpeechFailed(f"no audio for {MAX_SILENCE_SECONDS:.0f} s") from None
-            raise  # `text` raised it
+            if not silence.expired():
+                raise  # The text itself has raised it.
+            raise SpeechFailed(f"no audio for {MAX_SILENCE_SECONDS:.0f} s") from None
 
     async def _until_heard(self) -> None:
         """Wait for a mark, which Twilio returns when all before it has been played."""
         name = str(time.monotonic())  # another one each time
         try:
             async with timeout(self._playback.ahead_seconds() + MARK_GRACE_SECONDS):
-                await self._emit(MARK % (self._stream_sid, name))
+                await self._send(MARK % (self._stream_sid, name))
                 await self._until(lambda: self._returned_mark == name)
         except TimeoutError:
             log.warning("%s: no mark came back: does the TwiML have <Start>, not <Connect>?", self)
-        self._playback.ends_at = 0.0  # not clear(): it was heard
+        self._playback.is_playing = False
 
-    async def _emit(self, message: str) -> None:
-        with suppress(ConnectionClosed):  # the receiver ends the call, and says why
+    async def _clear(self) -> None:
+        """Have Twilio throw away what it has not played yet."""
+        self._playback.clear()
+        await self._send(CLEAR % self._stream_sid)
+
+    async def _send(self, message: str) -> None:
+        with suppress(ConnectionClosed):  # The receiver ends the call, and says why.
             await self._ws.send(message)
+
+
+MAX_BUFFERED_SECONDS = 3.0  # of audio at Twilio. More would delay a `clear` on a slow link.
+# Each pause is a tenth of what is buffered, so that a long text leaves room for the first sounds of
+# other calls.
+PAUSE_SHARE = 0.1
+
+
+class Playback:
+    """How much audio Twilio was sent on one call, and has played, by our clock.
+
+    Attributes:
+        started_at: When the call has started, by time.monotonic(), which is the event loop's time.
+        is_playing: Whether something was sent, and no mark and no `clear` has said that it is over.
+        ends_at: When all that was sent will have been played.
+    """
+
+    def __init__(self) -> None:
+        self.started_at = 0.0
+        self.is_playing = False
+        self.ends_at = 0.0
+        self._first_sent_at = 0.0
+        self._sent_seconds = 0.0
+        self._cleared_seconds = 0.0
+
+    def ahead_seconds(self) -> float:
+        """Return how much has been sent but not yet played."""
+        if not self.is_playing:
+            return 0.0
+        return max(0.0, self.ends_at - time.monotonic())
+
+    def pause_seconds(self, audio: bytes) -> float:
+        """Return how long to wait before `audio` is sent; 0.0 before the first sound."""
+        ahead = self.ahead_seconds()
+        too_much = ahead + len(audio) / BYTES_PER_SECOND - MAX_BUFFERED_SECONDS
+        return max(ahead * PAUSE_SHARE, too_much)
+
+    def add(self, audio: bytes) -> None:
+        """Count `audio` as sent."""
+        now = time.monotonic()
+        seconds = len(audio) / BYTES_PER_SECOND
+        self.ends_at = now + self.ahead_seconds() + seconds
+        self.is_playing = True
+        self._first_sent_at = self._first_sent_at or now
+        self._sent_seconds += seconds
+
+    def clear(self) -> None:
+        """Count what has not yet been played as never to be heard."""
+        self._cleared_seconds += self.ahead_seconds()
+        self.is_playing = False
+
+    def summary(self) -> str:
+        """Return, for the log, how soon the first audio was sent, and how much was heard."""
+        if not self._first_sent_at:
+            return "no audio sent"
+        first_ms = (self._first_sent_at - self.started_at) * 1000
+        heard = self._sent_seconds - self._cleared_seconds - self.ahead_seconds()
+        return (
+            f"first audio {first_ms:.0f} ms; sent {self._sent_seconds:.1f} s, heard {heard:.1f} s"
+        )
+
+
+TWILIO_ADVICE = {  # by HTTP status
+    400: "check the TwiML",
+    401: "check TWILIO_AUTH_TOKEN",
+    404: "check TWILIO_API_URL: regions other than the US have others",
+}
+MAX_FOREIGN_BYTES = 2000  # of an answer that says what is wrong
+
+
+def post_twiml(url: str, login: tuple[str, str], twiml: str) -> tuple[int, str]:
+    """Ask Twilio to go on with `twiml` on the call at `url`; return status and body of its answer.
+
+    Raises:
+        requests.RequestException: There was no answer.
+    """
+    with requests.post(
+        url,
+        {"Twiml": twiml},
+        auth=login,
+        timeout=TWILIO_SECONDS,
+        allow_redirects=False,
+        stream=True,
+    ) as response:
+        return response.status_code, beginning(response)
+
+
+def beginning(response: requests.Response) -> str:
+    """Return the body of `response`, or so much of it as says what is wrong."""
+    body = b""
+    with suppress(requests.RequestException):  # What has come is enough to go by.
+        for part in response.iter_content(MAX_FOREIGN_BYTES):
+            body += part
+            if len(body) >= MAX_FOREIGN_BYTES:
+                break
+    return body.decode(errors="replace")
+
+
+def excerpt(foreign: object) -> str:
+    """Return what somebody else has written as ASCII, 200 characters at most, for the log."""
+    text = ascii(foreign)
+    if len(text) > 200:  # The end is kept, too, since requests' exceptions have the cause there.
+        text = f"{text[:60]} ... {text[-135:]}"
+    return text
+
+
+UNFIT_FOR_A_SID = re.compile("[^A-Za-z0-9_-]")
+
+
+def clean_sid(sid: object) -> str:
+    """Return `sid` with nothing in it but what is fit for a URL, a message and the log."""
+    return UNFIT_FOR_A_SID.sub("", str(sid or ""))[:64]
 
 
 async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Await what `function` returns, in a thread of its own, since requests blocks.
 
-    A daemon thread: an executor's may come late, and would hold up the exit of the process.
+    It is a daemon thread. An executor's threads may all be busy, with a script's own work; and the
+    process would wait for them at its exit.
     """
     result = Future[Any]()
-    result.set_running_or_notify_cancel()  # nobody can cancel it
+    result.set_running_or_notify_cancel()  # Else a time-out cancels it, and set_result raises.
 
     def run() -> None:
         try:
@@ -367,173 +581,249 @@ async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     return await asyncio.wrap_future(result)
 
 
-def clean_sid(sid: object) -> str:
-    """Return `sid` with nothing in it but what is fit for a URL, a message and the log."""
-    return re.sub("[^A-Za-z0-9_-]", "", str(sid or ""))[:64]
-
-
-class Playback:
-    """How much audio Twilio was sent on one call, and has played, by our clock.
-
-    Attributes:
-        ends_at: When all that was sent will have been played, by time.monotonic(), which is the
-            event loop's time; 0.0 once a mark or a `clear` says that nothing plays.
-    """
-
-    def __init__(self) -> None:
-        self.ends_at = 0.0
-        self._started_at = time.monotonic()
-        self._sent_seconds = 0.0
-        self._cleared_seconds = 0.0
-        self._first_sent_at = 0.0
-
-    def add(self, audio: bytes) -> None:
-        """Count `audio` as sent."""
-        now = time.monotonic()
-        seconds = len(audio) / BYTES_PER_SECOND
-        self._first_sent_at = self._first_sent_at or now
-        self._sent_seconds += seconds
-        self.ends_at = max(self.ends_at, now) + seconds
-
-    def ahead_seconds(self) -> float:
-        """Return how much has been sent but not yet played."""
-        return max(0.0, self.ends_at - time.monotonic())
-
-    def clear(self) -> None:
-        """Count what has not yet been played as never to be heard."""
-        self._cleared_seconds += self.ahead_seconds()
-        self.ends_at = 0.0
-
-    def summary(self) -> str:
-        """Return, for the log, how soon the first audio was sent, and how much was heard."""
-        if not self._first_sent_at:
-            return "no audio sent"
-        first_ms = (self._first_sent_at - self._started_at) * 1000
-        heard = self._sent_seconds - self._cleared_seconds - self.ahead_seconds()
-        return (
-            f"first audio {first_ms:.0f} ms; sent {self._sent_seconds:.1f} s, heard {heard:.1f} s"
-        )
-
-
 # --- Deepgram -------------------------------------------------------------------------------------
 
 BYTES_PER_SECOND = 8000  # of mulaw at 8 kHz
 FRAME_BYTES = 160  # 20 ms; whole frames avoid the jitter that some callers hear
 MAX_CHUNK_BYTES = 20 * FRAME_BYTES  # 0.4 s: on a slow link, too, the first sound is soon through
-FORMAT = "encoding=mulaw&sample_rate=8000&container=none"  # a WAV header would be a click
-CONNECT_SECONDS = 2.5  # a lost packet is resent after 1 s; three tries fit MAX_SILENCE_SECONDS
-READ_SECONDS = 5.0  # without a byte; Deepgram's first usually comes after 0.2 to 0.4 s
-MAX_RESPONSE_SECONDS = 120.0  # Deepgram sends 2000 characters' speech within some 20 s
-RETRY_PAUSES_SECONDS = (0.25, 0.5)  # after 429 and 5xx; a broken connection is retried at once
-ADVICE = {  # by HTTP status
-    400: "check DEEPGRAM_MODEL, DEEPGRAM_OPTIONS, or the TwiML's model parameter",
-    401: "check DEEPGRAM_API_KEY",
-    402: "add credit at console.deepgram.com",
-    403: "this key may not use this model: check DEEPGRAM_API_KEY and DEEPGRAM_MODEL",
-    429: "lower DEEPGRAM_CONCURRENCY, or ask Deepgram for more requests at once",
-}
-DEFAULT_ADVICE = "see status.deepgram.com, and check DEEPGRAM_URL and the network"
+MAX_SPEECH_BYTES = 8_000_000  # of a piece; 300 characters take some 200 KB
 
 
 class SpeechFailed(Exception):
     """Synthesis failed or is incomplete; the reason must fit a close frame (123 bytes)."""
 
-    def __init__(self, reason: str, advice: str = DEFAULT_ADVICE, permanent: bool = False) -> None:
+    def __init__(self, reason: str, advice: str = "", permanent: bool = False) -> None:
         super().__init__(reason)
         self.advice = advice
         self.permanent = permanent  # a retry cannot succeed
 
 
 class Piece(NamedTuple):
-    """What is requested: a text, and the voice that is to say it."""
+    """What is requested: some sentences, and the voice that is to say them."""
 
     model: str
     text: str
 
 
 class Speech:
-    """The mulaw audio of one piece of text, to which a thread appends as Deepgram sends it."""
+    """The mulaw audio of one piece, to which a thread appends as Deepgram sends it.
+
+    Attributes:
+        listeners: How many utterances speak it, or are going to.
+        is_over: Whether no more audio comes, be it for a failure.
+        is_whole: Whether Deepgram has said where the audio ends, and all has come.
+    """
 
     def __init__(self) -> None:
         self.audio = bytearray()
-        self.loop = asyncio.get_running_loop()
+        self.listeners = 0
         self.failure: SpeechFailed | None = None
-        self.changed = asyncio.Event()
-        self.is_complete = False  # or has failed
-        self.fetching: asyncio.Task[None]  # kept here: asyncio holds tasks only weakly
+        self.is_over = False
+        self.is_whole = False
+        self.fetching: asyncio.Task[None]  # kept here, since asyncio holds tasks only weakly
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
 
-    async def chunks(self) -> AsyncGenerator[bytes]:
-        """Yield the audio as it comes, in whole frames but for its end; raise SpeechFailed."""
-        position = 0
-        while not self.is_complete or position < len(self.audio):
+    def add(self, audio: bytes) -> None:
+        """Append `audio`, in a thread; raise SpeechFailed if that is to stop."""
+        if self.is_over or len(self.audio) > MAX_SPEECH_BYTES:
+            raise SpeechFailed("Deepgram does not come to an end")
+        self.audio += audio
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    def end(self) -> None:
+        """Tell who listens that no more audio comes."""
+        self.is_over = True
+        self._changed.set()
+
+    async def read(self, position: int) -> bytes:
+        """Return audio from `position` on, in whole frames but for its end; b"" after that.
+
+        At most 0.4 s are returned. If nothing has come yet, wait. Raise SpeechFailed after the last
+        of what has come.
+        """
+        while True:
             size = min(MAX_CHUNK_BYTES, len(self.audio) - position)
-            if not self.is_complete:
+            if not self.is_over:
                 size -= size % FRAME_BYTES
             if size:
-                yield bytes(self.audio[position : position + size])
-                position += size
-            else:  # the thread appends first, and then has `changed` set: none is missed
-                self.changed.clear()
-                await self.changed.wait()
+                return bytes(self.audio[position : position + size])
+            if self.failure:
+                raise self.failure
+            if self.is_over:
+                return b""
+            self._changed.clear()  # The thread appends first and sets it then, so none is missed.
+            await self._changed.wait()
+
+
+class Utterance:
+    """One text on its way to speech: its pieces are requested while it is written.
+
+    Two at most are under way: the one that is being spoken and the one after it.
+
+    Attributes:
+        failure: What the text has raised, if anything.
+    """
+
+    def __init__(self, text: Text, request: Callable[[str], Speech]) -> None:
+        self.failure: BaseException | None = None
+        self._request = request
+        self._speeches = collections.deque[Speech]()
+        self._spoken_bytes = 0  # of the first of these
+        self._text = ""
+        self._position = 0  # in `_text`: what is before it has been requested
+        self._requests = 0  # so far
+        self._is_written = False  # to its end, or up to a failure
+        self._changed = asyncio.Event()  # set when something was written, or requested
+        self._writer: asyncio.Task[None] | None = None
+        if isinstance(text, str):
+            self._text = text
+            self._is_written = True
+        else:
+            self._writer = asyncio.create_task(self._write(aiter(text)))
+
+    async def read(self) -> bytes:
+        """Return the next audio, at most 0.4 s; b"" at the end.
+
+        Raise SpeechFailed, or what the text has raised, after the audio of what came before.
+        """
+        while await self._has_speech():
+            audio = await self._speeches[0].read(self._spoken_bytes)
+            if audio:
+                self._spoken_bytes += len(audio)
+                return audio
+            self._speeches.popleft().listeners -= 1
+            self._spoken_bytes = 0
         if self.failure:
             raise self.failure
+        return b""
+
+    def stop(self) -> None:
+        """Want no more speech, and have the text's writer stop."""
+        for speech in self._speeches:
+            speech.listeners -= 1
+        self._speeches.clear()
+        if self._writer:
+            self._writer.cancel()
+
+    async def close(self) -> None:
+        """Stop, and give the text CLOSE_SECONDS for what it does at its end."""
+        self.stop()
+        if self._writer:
+            await asyncio.wait([self._writer], timeout=CLOSE_SECONDS)
+
+    async def _write(self, parts: AsyncIterator[str | None]) -> None:
+        """Take the text's parts, in one task: what it holds open may not be closed in another."""
+        try:
+            await self._take(parts)
+        except BaseException as error:  # SystemExit, too, which would end the server
+            self.failure = error
+        finally:
+            self._is_written = True
+            self._changed.set()
+
+    async def _take(self, parts: AsyncIterator[str | None]) -> None:
+        """Add the parts to the text, when they can be requested soon; close them at the end."""
+        try:
+            async for part in parts:
+                if part:  # Clients of models send empty parts while the model is busy.
+                    self._text = self._text[self._position :] + part
+                    self._position = 0
+                    self._changed.set()
+                while len(self._text) - self._position > MAX_CHARACTERS:  # It may be endless.
+                    await self._until_changed()
+        finally:
+            if isinstance(parts, AsyncGenerator):
+                await parts.aclose()
+
+    async def _until_changed(self) -> None:
+        """Wait until something is written or requested."""
+        self._changed.clear()  # Nothing was awaited since the caller looked, so none is missed.
+        await self._changed.wait()
+
+    async def _has_speech(self) -> bool:
+        """Wait until there is a speech to read; return False at the end of the text."""
+        is_paused = False
+        while not self._speeches:
+            if self._request_next(is_paused):
+                if not self._speeches:
+                    await asyncio.sleep(0)  # There may be much without anything to say.
+            elif self._is_written:
+                return False
+            else:
+                is_paused = await self._pauses()
+        self._request_next()
+        return True
+
+    async def _pauses(self) -> bool:
+        """Wait for more of the text; return whether none has come for PAUSE_SECONDS."""
+        try:
+            async with timeout(PAUSE_SECONDS):
+                await self._until_changed()
+        except TimeoutError:
+            return True
+        return False
+
+    def _request_next(self, is_paused: bool = False) -> bool:
+        """Request the next piece, if two are not under way; return whether there was one."""
+        if len(self._speeches) == 2 or self._position == len(self._text):
+            return False
+        text = self._text[self._position : self._position + MAX_CHARACTERS]
+        is_last = self._position + len(text) == len(self._text)
+        is_whole = is_last and self._is_written and not self.failure
+        length = length_of_piece(text, self._requests, is_paused or bool(self.failure), is_whole)
+        self._position += length
+        self._changed.set()
+        piece = text[:length].strip()
+        if is_speakable(piece):
+            self._requests += 1
+            speech = self._request(piece)
+            speech.listeners += 1
+            self._speeches.append(speech)
+        return length > 0
+
+
+FORMAT = "encoding=mulaw&sample_rate=8000&container=none"  # a WAV header would be a click
+CONNECT_SECONDS = 2.5  # A lost packet is resent after 1 s; three tries fit MAX_SILENCE_SECONDS.
+READ_SECONDS = 5.0  # without a byte; Deepgram's first usually comes after 0.2 to 0.4 s
+READ_BYTES = 5 * FRAME_BYTES  # 0.1 s of audio
+MAX_RESPONSE_SECONDS = 120.0  # Deepgram sends a piece within some seconds
+RETRY_SECONDS = 8.0  # from the first try to the last
+FIRST_PAUSE_SECONDS = 0.25  # before another try; each pause is twice as long as the one before it
+MAX_PAUSE_SECONDS = 1.0
+MAX_IDLE_SECONDS = 30.0  # Some NATs forget a connection that has idled for a minute.
+DEEPGRAM_ADVICE = {  # by HTTP status
+    400: "check DEEPGRAM_OPTIONS and the voice, which call.model, the TwiML or DEEPGRAM_MODEL sets",
+    401: "check DEEPGRAM_API_KEY",
+    402: "add credit at console.deepgram.com",
+    403: "this key may not use this voice: check DEEPGRAM_API_KEY and DEEPGRAM_MODEL",
+    429: "lower DEEPGRAM_CONCURRENCY, or ask Deepgram for more requests at once",
+}
+DEFAULT_ADVICE = "see status.deepgram.com, and check DEEPGRAM_URL and the network"
 
 
 class TextToSpeech:
-    """Deepgram text-to-speech: those who want the same text share one request, or the cache."""
+    """Deepgram text-to-speech: who wants the same text shares one request, or the cache."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._url = settings.deepgram_url.rstrip("/")
         self._query = f"{FORMAT}&{settings.deepgram_options}".rstrip("&")
-        self._session = requests.Session()
-        self._session.auth = self._authorize  # a header alone would lose to ~/.netrc
-        self._session.mount(
-            self._url, requests.adapters.HTTPAdapter(pool_maxsize=settings.deepgram_concurrency)
-        )
+        self._context = client_tls_context()
+        self._session = self._new_session()
+        self._renewed_at = time.time()  # Unlike monotonic(), it goes on while a machine sleeps.
         self._slots = asyncio.Semaphore(settings.deepgram_concurrency)  # first come, first served
         self._in_flight: dict[Piece, Speech] = {}
         self._cache = collections.OrderedDict[Piece, Speech]()  # the least recently used first
         self._cache_bytes = 0
 
-    async def speak(self, text: Text, model: str) -> AsyncGenerator[bytes]:
-        """Yield the mulaw audio of `text`; raise SpeechFailed, or what `text` raises."""
-        if isinstance(text, str) and len(text) <= MAX_CHARACTERS:
-            if is_speakable(text):
-                async for chunk in self._get(Piece(model, text.strip())).chunks():
-                    yield chunk
-            return
-        speeches = asyncio.Queue[Speech | None]()  # holds one, then None
-        writer = asyncio.create_task(self._request_pieces(text, model, speeches))
-        try:
-            while speech := await speeches.get():
-                speeches.task_done()  # join() returns: the next piece is requested
-                async for chunk in speech.chunks():
-                    yield chunk
-            await writer  # raises what `text` has raised
-        finally:
-            writer.cancel()
-            await asyncio.wait([writer], timeout=CLOSE_SECONDS)
+    def speak(self, text: Text, model: str) -> Utterance:
+        """Return `text` as an utterance in this voice."""
+        return Utterance(text, functools.partial(self._get, model))
 
-    async def _request_pieces(
-        self, text: Text, model: str, speeches: asyncio.Queue[Speech | None]
-    ) -> None:
-        """Put the speech of each piece of `text` into `speeches`, and None at the end.
-
-        A task of its own, so that it runs ahead of the speech; and only one, since a `timeout()`
-        in `text` must exit in the task that it entered in.
-        """
-        try:
-            async with aclosing(split_text(text)) as pieces:
-                async for piece in pieces:
-                    if is_speakable(piece):
-                        await speeches.join()  # until the piece before is being spoken
-                        speeches.put_nowait(self._get(Piece(model, piece.strip())))
-        finally:
-            speeches.put_nowait(None)
-
-    def _get(self, piece: Piece) -> Speech:
-        """Return the speech of `piece`: cached, being fetched for somebody, or requested now."""
+    def _get(self, model: str, text: str) -> Speech:
+        """Return the speech of `text`: cached, being fetched for somebody, or requested now."""
+        piece = Piece(model, text)
         if piece in self._cache:
             self._cache.move_to_end(piece)
             return self._cache[piece]
@@ -544,25 +834,27 @@ class TextToSpeech:
         return self._in_flight[piece]
 
     async def _fetch(self, speech: Speech, piece: Piece) -> None:
-        """Fetch `speech` to its end, even if its callers hang up: it will be cached."""
+        """Fetch `speech` when there is a slot, if somebody still waits for it then.
+
+        It is fetched to its end, even if its listeners leave: it is billed, and will be cached.
+        """
         try:
-            async with self._slots, timeout(MAX_RESPONSE_SECONDS):
-                await in_thread(self._download, speech, piece)
+            async with self._slots:
+                if speech.listeners:
+                    async with timeout(MAX_RESPONSE_SECONDS):
+                        await in_thread(self._download, speech, piece)
         except SpeechFailed as failure:
             speech.failure = failure
-        except TimeoutError:
-            speech.failure = SpeechFailed("Deepgram is too slow")  # its thread is left alone
-        except RuntimeError as error:  # a thread cannot start
-            speech.failure = SpeechFailed("no thread for Deepgram", f"{error}; raise TasksMax")
-        except Exception as error:  # requests' and urllib3's have no common base
-            reason = "the connection to Deepgram failed"
-            speech.failure = SpeechFailed(reason, f"{error}; {DEFAULT_ADVICE}")
+        except TimeoutError:  # The thread stops when the next byte comes.
+            speech.failure = SpeechFailed("Deepgram is too slow", DEFAULT_ADVICE)
+        except Exception as error:  # such as: can't start new thread
+            speech.failure = SpeechFailed("Deepgram could not be asked", repr(error))
         del self._in_flight[piece]
-        speech.is_complete = True
-        speech.changed.set()
+        speech.end()
         if speech.failure:
-            log.error("%s: %s", speech.failure, speech.failure.advice)
-        else:
+            voice = excerpt(piece.model)
+            log.error("%s for the voice %s: %s", speech.failure, voice, speech.failure.advice)
+        elif speech.is_whole:
             self._cache_speech(speech, piece)
 
     def _cache_speech(self, speech: Speech, piece: Piece) -> None:
@@ -573,135 +865,271 @@ class TextToSpeech:
             _, evicted = self._cache.popitem(last=False)
             self._cache_bytes -= len(evicted.audio)
 
+    # In a thread.
+
     def _download(self, speech: Speech, piece: Piece) -> None:
-        """Append what Deepgram sends to `speech`; raise SpeechFailed, or whatever goes wrong."""
-        with self._post(piece) as response:
-            for chunk in audio_chunks(response):
-                speech.audio += chunk
-                speech.loop.call_soon_threadsafe(speech.changed.set)
-        if not speech.audio:
-            raise SpeechFailed("Deepgram sent no audio")
+        """Add what Deepgram sends to `speech`; raise SpeechFailed."""
+        try:
+            with self._post_patiently(speech, piece) as response:
+                check_audio(response)
+                # iter_content waits for so many bytes, but yields a chunk as soon as it has come.
+                read_bytes = READ_BYTES
+                if "Transfer-Encoding" in response.headers:
+                    read_bytes = MAX_CHUNK_BYTES
+                for audio in response.iter_content(read_bytes):
+                    speech.add(audio)
+        except requests.RequestException as error:
+            advice = f"{excerpt(error)}; {DEFAULT_ADVICE}"
+            raise SpeechFailed("the connection to Deepgram failed", advice) from None
+        size = int(response.headers.get("Content-Length", 0))  # urllib3 1.26 does not check it.
+        if not speech.audio or len(speech.audio) < size:
+            raise SpeechFailed("Deepgram sent no audio, or not all", DEFAULT_ADVICE)
+        # A body without either header may have been cut short: it looks the same.
+        headers = response.headers
+        speech.is_whole = "Content-Length" in headers or "Transfer-Encoding" in headers
+
+    def _post_patiently(self, speech: Speech, piece: Piece) -> requests.Response:
+        """Return Deepgram's answer; after 429 and 5xx, retry while there is time and a listener."""
+        give_up_at = time.monotonic() + RETRY_SECONDS
+        pause_seconds = FIRST_PAUSE_SECONDS
+        while True:
+            response = self._post_reconnecting(piece)
+            is_busy = response.status_code == 429 or response.status_code >= 500
+            left_seconds = give_up_at - time.monotonic()
+            if not is_busy or left_seconds < 0 or not speech.listeners:
+                return response
+            beginning(response)  # The connection is kept if that was all of it.
+            response.close()
+            wait_seconds = max(pause_seconds, retry_after_seconds(response))
+            time.sleep(min(wait_seconds, left_seconds))
+            pause_seconds = min(2 * pause_seconds, MAX_PAUSE_SECONDS)
+
+    def _post_reconnecting(self, piece: Piece) -> requests.Response:
+        """Return Deepgram's answer; if a connection breaks before it, try two others at once."""
+        for _ in range(2):
+            with suppress(requests.ConnectionError):
+                return self._post(piece)
+        return self._post(piece)
 
     def _post(self, piece: Piece) -> requests.Response:
-        """Return the response, after three tries at most; a read time-out is not tried again."""
-        for pause_seconds in RETRY_PAUSES_SECONDS:
-            try:
-                response = self._post_once(piece)
-            except requests.ConnectionError:
-                continue  # without a pause: perhaps the connection had idled too long
-            if response.status_code != 429 and response.status_code < 500:
-                return response
-            response.close()
-            time.sleep(pause_seconds)
-        return self._post_once(piece)
-
-    def _post_once(self, piece: Piece) -> requests.Response:
-        version = "v1"  # it does not know Flux, Deepgram's newest voices
+        """Return Deepgram's answer; raise requests' exceptions."""
+        version = "v1"  # which does not know Flux, Deepgram's newest voices
         if piece.model.startswith("flux-"):
             version = "v2"
-        return self._session.post(
+        return self._fresh_session().post(
             f"{self._url}/{version}/speak?{self._query}",
             params={"model": piece.model},
             json={"text": piece.text},
-            headers={"Accept-Encoding": "identity"},  # compressed audio comes only as a whole
+            headers={"Accept-Encoding": "identity"},  # Compressed audio comes only as a whole.
             timeout=(CONNECT_SECONDS, READ_SECONDS),
             allow_redirects=False,
             stream=True,
         )
+
+    # Connections.
+
+    async def keep_warm(self) -> None:
+        """Keep one connection open, and none that may have idled for too long.
+
+        A new connection costs two round trips before a request. A NAT forgets one that idles,
+        without a word to either side, and a request on it would hang.
+        """
+        while True:
+            await asyncio.sleep(MAX_IDLE_SECONDS / 2)
+            session = self._new_session()
+            with suppress(Exception):  # The next request will say what is wrong.
+                await in_thread(session.head, self._url, timeout=1, allow_redirects=False)
+            self._session.close()  # What is being fetched goes on.
+            self._session = session
+            self._renewed_at = time.time()
+
+    def _fresh_session(self) -> requests.Session:
+        """Return the session, without its idle connections if the machine has slept meanwhile."""
+        if time.time() - self._renewed_at > MAX_IDLE_SECONDS:
+            self._session.close()
+            self._renewed_at = time.time()
+        return self._session
+
+    def _new_session(self) -> requests.Session:
+        session = requests.Session()
+        session.auth = self._authorize  # a header alone would lose to ~/.netrc
+        session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+        pool_size = self._settings.deepgram_concurrency + 1  # one for keep_warm
+        session.mount(self._url, DeepgramAdapter(self._context, pool_size))
+        return session
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = f"Token {self._settings.deepgram_api_key}"
         return request
 
 
-def audio_chunks(response: requests.Response) -> Iterator[bytes]:
-    """Yield the body of Deepgram's `response` as it comes; raise SpeechFailed if it is no audio."""
+class DeepgramAdapter(requests.adapters.HTTPAdapter):
+    """Connects to Deepgram.
+
+    All connections have one TLS context. By itself, requests has each new connection read all root
+    certificates, which takes so much processor time that other calls wait.
+    """
+
+    def __init__(self, context: ssl.SSLContext, pool_size: int) -> None:
+        self._context = context
+        super().__init__(pool_maxsize=pool_size)
+
+    def build_connection_pool_key_attributes(self, request: Any, *_: Any) -> Any:
+        """Return what requests does for `verify=True`, which names no file, and the context."""
+        host, tls = super().build_connection_pool_key_attributes(request, verify=True)
+        return host, {**tls, "ssl_context": self._context}
+
+    def cert_verify(self, *_: Any) -> None:
+        """Do nothing: requests would name the file with the certificates to each connection."""
+
+    def send(self, *args: Any, **options: Any) -> requests.Response:
+        """Return Deepgram's answer, if it is no interim one; raise requests' exceptions."""
+        response = super().send(*args, **options)
+        if response.status_code < 200:
+            # The final answer is still to come, and would be taken for the next request's.
+            response.close()
+            raise requests.ConnectionError(f"an interim answer, {response.status_code}")
+        return response
+
+
+def client_tls_context() -> ssl.SSLContext:
+    """Return a TLS context that trusts whom requests trusts; raise StartError."""
+    path = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    if not path:
+        path = requests.utils.DEFAULT_CA_BUNDLE_PATH
+    try:
+        if Path(path).is_dir():
+            return ssl.create_default_context(capath=path)
+        return ssl.create_default_context(cafile=path)
+    except OSError as error:
+        raise StartError(
+            f"Cannot read the certificates in {path} ({error}): check REQUESTS_CA_BUNDLE and "
+            "CURL_CA_BUNDLE."
+        ) from None
+
+
+def check_audio(response: requests.Response) -> None:
+    """Raise SpeechFailed unless `response` is audio as it was asked for."""
     status = response.status_code
     content_type = response.headers.get("Content-Type", "no type")
-    if status != 200 or not content_type.startswith(("audio/", "application/octet-stream")):
-        message = response.raw.read1(400).decode(errors="replace")  # not all: it may trickle
-        raise SpeechFailed(
-            f"Deepgram answered {status}",
-            f"{content_type:.40} {message!a}; {ADVICE.get(status, DEFAULT_ADVICE)}",
-            permanent=400 <= status < 408,
-        )
-    while chunk := response.raw.read1(2**16):  # iter_content() would wait for more
-        yield chunk
+    encoding = response.headers.get("Content-Encoding", "")
+    if "dg-warnings" in response.headers:
+        log.warning("Deepgram warns: %s", excerpt(response.headers["dg-warnings"]))
+    is_audio = content_type.startswith(("audio/", "application/octet-stream"))
+    if status == 200 and is_audio and encoding in ("", "identity"):
+        return
+    answer = excerpt(f"{content_type} {encoding} {beginning(response)}")
+    raise SpeechFailed(
+        f"Deepgram answered {status}",
+        f"{answer}; {DEEPGRAM_ADVICE.get(status, DEFAULT_ADVICE)}",
+        permanent=400 <= status < 408,
+    )
+
+
+def retry_after_seconds(response: requests.Response) -> float:
+    """Return how long Deepgram wants us to wait, or 0.0 if it does not say."""
+    try:
+        return float(response.headers.get("Retry-After", 0))
+    except ValueError:  # It is a date.
+        return 0.0
 
 
 # --- Pieces of text -------------------------------------------------------------------------------
 
 MAX_CHARACTERS = 2000  # of a request, says Deepgram
-MAX_PIECE_CHARACTERS = 300  # of a text that is cut: nothing waits long for the end of a sentence
+MAX_PIECE_CHARACTERS = 300  # since a long text takes Deepgram longer
+FIRST_PIECE_CHARACTERS = 20  # at least, so that "Hi." takes the next sentence along
+# While a text is being written, the first piece may end after a clause from 40 characters on, and
+# the second one from 150 on. Speaking so much takes longer than writing the rest of the sentence.
+CLAUSE_CHARACTERS = (40, 150)
+PAUSE_SECONDS = 0.5  # If a text pauses for so long, what is complete is said.
+# Deepgram's inline controls, such as \{pause:500ms\}. One that is not closed yet goes on.
+CONTROL = re.compile(r"\\\{.*?(?:\\\}|\Z)", re.DOTALL)
 # Quotes, brackets and Markdown that close a sentence belong to it.
 CLOSERS = re.escape("\"'”’»)]」』）*_~`")
-# A full stop or its like before white space, with its word, which last_end checks; one that needs
-# no white space, once another character follows; or a new line.
-SENTENCE_END = re.compile(
-    rf"\w*[.!?…؟۔।॥][{CLOSERS}]*(?=\s)"
-    rf"|[。！？][。！？{CLOSERS}]*(?=[^。！？{CLOSERS}])"
-    r"|\n"
-)
-# One letter or digit, two digits, or a capital with one or two letters: J. a.m. 1. 10. Dr. Mrs.
-# (a _ is Markdown). "Yes." is one, too; then the next end decides: better late than within a name.
-ABBREVIATION = re.compile(r"_*(\w|\d\d|[A-ZÀ-ÖØ-Þ]\w\w?)\.")
+# A full stop or its like at the end of a word; or one that needs no white space after it; or a new
+# line. Not each of them ends a sentence: see ends_sentence.
+SENTENCE_END = re.compile(rf"[.!?…؟۔।॥][{CLOSERS}]*(?=\s|\Z)|[。！？]+[{CLOSERS}]*|\n")
+# What a full stop may abbreviate: J. a.m. 1. 10. Dr. Capt., so a letter or a digit, two digits, or
+# a capital with one to three letters. "Yes." looks like one, and takes the next sentence along.
+ABBREVIATION = re.compile(r"(?:\A|\W|_)(?:\w|\d\d|[A-ZÀ-ÖØ-Þ]\w{1,3})\Z")
 CLAUSE_END = re.compile(rf"[,;:–—،][{CLOSERS}]*(?=\s)|[、，；：][{CLOSERS}]*")
-WORD_END = re.compile(r"\s")
+WORD_END = re.compile(r"\s+")
+SPEAKABLE = re.compile(r"[^\W_]")  # a letter or a digit
 
 
-async def split_text(text: Text) -> AsyncGenerator[str]:
-    """Cut `text`, as it is written, into pieces (see length_of_piece); the last may be empty."""
-    rest = ""
-    async with aclosing(written_parts(text)) as parts:
-        async for part in parts:
-            rest += part
-            while length := length_of_piece(rest):
-                yield rest[:length]
-                rest = rest[length:]
-    yield rest
+@functools.lru_cache(maxsize=1000)  # since a greeting is said to everybody
+def length_of_piece(text: str, number: int, is_paused: bool, is_whole: bool) -> int:
+    """Return how many characters of `text` to request next, or 0 to wait for more of it.
 
+    They are the first sentence, if nothing has been requested; the rest, if it fits; or as many
+    sentences as fit. A sentence that is too long, or still being written, is cut after a clause.
 
-async def written_parts(text: Text) -> AsyncGenerator[str]:
-    """Yield `text` as it is written, without the None that language models' clients send."""
-    if isinstance(text, str):
-        yield text
-        return
-    parts = aiter(text)
-    try:
-        async for part in parts:
-            if part is not None:
-                yield part
-    finally:
-        if isinstance(parts, AsyncGenerator):
-            await parts.aclose()  # so that its writer stops
-
-
-def length_of_piece(text: str) -> int:
-    """Return how much of `text` to say at once: whole sentences, or 0 if there is none yet.
-
-    A sentence that is too long is cut after a clause, else after a word, else anywhere.
+    Args:
+        text: What is written and has not been requested, MAX_CHARACTERS of it at most.
+        number: How many pieces of the text have been requested.
+        is_paused: Whether no more is to be expected soon.
+        is_whole: Whether the text ends with what is written.
     """
-    head = text[:MAX_PIECE_CHARACTERS]
-    length = last_end(SENTENCE_END, head)
-    if length or head == text:  # in the latter case, the sentence may still go on
-        return length
-    return last_end(CLAUSE_END, head) or last_end(WORD_END, head) or len(head)
+    text = CONTROL.sub(mask, text)
+    found = SPEAKABLE.search(text)
+    if not found:
+        return len(text) if is_whole or len(text) == MAX_CHARACTERS else 0
+    start = found.end()
+    limit = start + MAX_PIECE_CHARACTERS
+    marks = matches(SENTENCE_END, text, start, limit)
+    sentences = [mark.end() for mark in marks if ends_sentence(mark, is_paused)]
+    if number == 0 and not is_paused:
+        sentences = [end for end in sentences if end >= FIRST_PIECE_CHARACTERS]
+    if number == 0 and sentences:
+        return sentences[0]
+    if is_whole and len(text) <= limit:
+        return len(text)
+    if sentences:
+        return sentences[-1]
+    return length_of_part(text, number, start, limit)
 
 
-def last_end(pattern: re.Pattern[str], text: str) -> int:
-    """Return where the last match in `text` ends; 0 if there is none, or nothing to say before."""
-    end = 0
-    for match in pattern.finditer(text):
-        if not ABBREVIATION.match(match[0]):
-            end = match.end()
-    if is_speakable(text[:end]):
-        return end
+def length_of_part(text: str, number: int, start: int, limit: int) -> int:
+    """Return how much of a sentence to request that is too long, or still being written."""
+    clauses = matches(CLAUSE_END, text, start, limit)
+    if len(text) > limit or len(text) == MAX_CHARACTERS:  # Waiting for more would not help.
+        parts = clauses or matches(WORD_END, text, start, limit)
+        return parts[-1].end() if parts else len(text)
+    if clauses and number < 2 and clauses[-1].end() >= CLAUSE_CHARACTERS[number]:
+        return clauses[-1].end()
     return 0
+
+
+def mask(control: re.Match[str]) -> str:
+    """Return as many characters as the control has, which end no word, clause or sentence."""
+    return "\0" * len(control[0])
+
+
+def matches(pattern: re.Pattern[str], text: str, start: int, limit: int) -> list[re.Match[str]]:
+    """Return the matches of `pattern` in `text` that end between `start` and `limit`."""
+    return [match for match in pattern.finditer(text) if start <= match.end() <= limit]
+
+
+def ends_sentence(match: re.Match[str], is_paused: bool) -> bool:
+    """Return whether a match of SENTENCE_END ends a sentence, by what is before and after it."""
+    text = match.string
+    mark = match[0][0]
+    following = text[match.end() :].lstrip()[:1]
+    if mark == "\n":
+        return True
+    if not following:
+        return is_paused  # Else what follows is awaited, to decide by.
+    if mark in "。！？":
+        return True
+    goes_on = following.islower() or following.isdigit() or following == "."
+    is_abbreviation = mark == "." and ABBREVIATION.search(text, 0, match.start())
+    return not goes_on and not is_abbreviation
 
 
 def is_speakable(text: str) -> bool:
     """Return whether there is anything to say: Deepgram may reject a lone emoji or asterisk."""
-    return any(map(str.isalnum, text))
+    return SPEAKABLE.search(CONTROL.sub("", text)) is not None
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -731,10 +1159,10 @@ def yes_or_no(text: str) -> bool:
 
 
 def http_url(text: str) -> str:
-    """Return the URL; raise a ValueError that says what it must be."""
+    """Return the URL without a final /; raise a ValueError that says what it must be."""
     if not re.match("https?://[^/]", text):
-        raise ValueError(f"a URL such as https://api.deepgram.com, not {text!r}")
-    return text
+        raise ValueError(f"a URL such as https://api.example.com, not {text!r}")
+    return text.rstrip("/")
 
 
 def level(text: str) -> str:
@@ -748,6 +1176,8 @@ def secret(text: str) -> str:
     """Return the text if it fits into a header; raise a ValueError that does not repeat it."""
     if not re.fullmatch("[!-~]*", text):
         raise ValueError("printable ASCII without spaces (copy it again)")
+    if re.fullmatch("AC[0-9a-f]{32}", text):
+        raise ValueError("the auth token, not the Account SID above it")
     return text
 
 
@@ -769,7 +1199,7 @@ class Settings:
         "15", "concurrent requests your plan allows", positive_number
     )
     greeting: str = setting("Hello, how are you today?", "what callers hear by default")
-    close_after_speech: bool = setting("no", "yes: the TwiML goes on after the texts", yes_or_no)
+    close_after_speech: bool = setting("no", "yes: the TwiML goes on after the script", yes_or_no)
     cache_mb: int = setting("16", "speech cache in MiB, 0 to disable", whole_number)
     host: str = setting("localhost", "address to listen on; 0.0.0.0 for all interfaces")
     port: int = setting("5000", "port to listen on; 0 picks a free port", whole_number)
@@ -779,15 +1209,16 @@ class Settings:
     twilio_auth_token: str = setting(
         "", "your token, to let only Twilio in, and to hang up", secret
     )
-    max_calls: int = setting("500", "maximum concurrent calls; the rest get a 503", positive_number)
+    twilio_api_url: str = setting(
+        "https://api.twilio.com", "Twilio API base URL; regions have others", http_url
+    )
+    max_calls: int = setting("300", "maximum concurrent calls; the rest get a 503", positive_number)
     drain_seconds: int = setting("25", "how long a shutdown waits for current texts", whole_number)
     log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", level)
 
     @classmethod
     def load(cls) -> Settings:
-        """Read the environment and, for what it lacks, `.env`; raise StartError."""
-        path = Path(".env").absolute()
-        read_dotenv(path)
+        """Read the environment; raise StartError."""
         values: dict[str, Any] = {}
         for name, field in SETTINGS.items():
             text = os.environ.get(name, "").strip() or field.metadata["default"]
@@ -797,25 +1228,28 @@ class Settings:
                 raise StartError(f"{name} must be {error}.") from None
         if not values["deepgram_api_key"]:
             raise StartError(
-                f"DEEPGRAM_API_KEY is neither set nor in {path}: `cp .env.example .env` if there "
-                "is none, and put yours in, from console.deepgram.com."
+                f"DEEPGRAM_API_KEY is neither set nor in {DOTENV.absolute()}: `cp .env.example "
+                ".env` if there is none, and put yours in, from console.deepgram.com."
             )
         return cls(**values)
 
 
 SETTINGS = {field.name.upper(): field for field in dataclasses.fields(Settings)}
+DOTENV = Path(".env")
 
 
-def read_dotenv(path: Path) -> None:
-    """Add `.env` to the environment, a script's own variables too; raise StartError."""
-    known = {*SETTINGS, *os.environ}
+def read_dotenv() -> list[str]:
+    """Add `.env` to the environment; return what in it is no setting, or raise StartError."""
+    for name, value in list(os.environ.items()):
+        if not value.strip():  # It counts as not set. Else it would hide what `.env` has.
+            del os.environ[name]
+    known = {*os.environ, *SETTINGS}
+    path = DOTENV.absolute()
     try:
         load_dotenv(path, encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise StartError(f"Cannot read {path}, which must be UTF-8 ({error}).") from None
-    for name in os.environ.keys() - known:  # of .env: a script's, unless nearly a setting's
-        for meant in difflib.get_close_matches(name.upper(), SETTINGS, 1, cutoff=0.75):
-            log.warning("%s: %s is not a setting; did you mean %s?", path, name, meant)
+    return sorted(os.environ.keys() - known)
 
 
 # --- The server -----------------------------------------------------------------------------------
@@ -823,6 +1257,9 @@ def read_dotenv(path: Path) -> None:
 PATH = "/twilio"
 HEALTH_PATH = "/healthz"
 MAX_MESSAGE_BYTES = 2**16  # Twilio's have less than 1 KiB
+HANDSHAKE_SECONDS = 3.0  # Who connects and says nothing holds a file open for no longer.
+BACKLOG = 1024  # With asyncio's 100, some of 150 simultaneous calls wait for 1 s.
+EXIT_SECONDS = 3 * CLOSE_SECONDS  # for what is left when all calls were cut off
 LISTEN_ADVICE = {
     errno.EADDRNOTAVAIL: "set HOST=127.0.0.1, or the address of an interface",
     errno.EADDRINUSE: "set another PORT, for ngrok, too (a Mac's AirPlay Receiver holds 5000)",
@@ -838,11 +1275,32 @@ class Server:
         self._script = script
         self._tts = TextToSpeech(settings)
         self._calls: dict[asyncio.Task[None], Call] = {}
+        self._public_url = settings.public_url
+        self._is_stopping = False
         self._exit_requests = asyncio.Queue[int]()  # of exit statuses
 
     async def run(self) -> int:
         """Serve until a signal; return the exit status, raise StartError if it cannot listen."""
-        self._handle_signals()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._on_signal)
+        listening = await self._listen()
+        background = [
+            asyncio.create_task(self._prefetch_greeting()),
+            asyncio.create_task(self._tts.keep_warm()),
+            asyncio.create_task(name_what_blocks()),
+        ]
+        status = await self._exit_requests.get()
+        for task in background:
+            task.cancel()
+        self._limit_exit()
+        listening.close(close_connections=False)
+        await asyncio.sleep(0)  # close() has made a task. After its first step no call gets in.
+        if self._calls:
+            await self._drain()
+        return status
+
+    async def _listen(self) -> ListeningServer:
+        """Start to listen, and print where, and the TwiML to paste."""
         settings = self._settings
         try:
             listening = await serve(
@@ -851,44 +1309,38 @@ class Server:
                 settings.port,
                 ssl=tls_context(settings),
                 process_request=self._process_request,
-                origins=[None],  # Twilio sends none; a browser's page has no business here
+                origins=[None],  # Twilio sends none; a browser's page has no business here.
                 compression=None,
                 max_size=MAX_MESSAGE_BYTES,
-                backlog=1024,  # with asyncio's 100, some of 150 simultaneous calls wait for 1 s
+                open_timeout=HANDSHAKE_SECONDS,
+                backlog=BACKLOG,
+                start_serving=False,
             )
+            port = listening.sockets[0].getsockname()[1]
+            if not self._public_url:
+                self._public_url = await in_thread(ngrok_url, port)
+            await listening.start_serving()
         except (OSError, UnicodeError) as error:  # the latter if HOST is no name at all
             advice = LISTEN_ADVICE.get(getattr(error, "errno", 0), "check HOST and PORT")
             raise StartError(
                 f"Cannot listen on {settings.host}:{settings.port} ({error}): {advice}."
             ) from None
-        prefetching = asyncio.create_task(self._prefetch_greeting())
-        await in_thread(announce, settings, listening.sockets[0].getsockname()[1])
-        gc.freeze()  # else the first calls wait for 45 ms while all that was imported is searched
-        status = await self._exit_requests.get()
-        prefetching.cancel()
-        listening.close(close_connections=False)
-        await asyncio.sleep(0)  # runs the task that close() started: now no call comes
-        if self._calls:
-            await self._drain()
-        return status
-
-    def _handle_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            with suppress(NotImplementedError):  # Windows: Ctrl-C ends it at once
-                loop.add_signal_handler(signum, self._exit_requests.put_nowait, 0)
+        announce(settings, port, self._public_url)
+        return listening
 
     async def _serve_call(self, ws: ServerConnection) -> None:
+        # Nothing is awaited before the call is registered: MAX_CALLS and a drain miss none.
         call = Call(ws, self._settings, self._tts)
         task: Any = asyncio.current_task()
         self._calls[task] = call
         task.add_done_callback(self._calls.pop)
-        await call.run(self._script)
+        await call.serve(self._script)
 
     async def _prefetch_greeting(self) -> None:
         """Fetch the greeting, so that the first caller has it at once; exit if that is hopeless."""
+        greeting = self._tts.speak(self._settings.greeting, self._settings.deepgram_model)
         try:
-            async for _ in self._tts.speak(self._settings.greeting, self._settings.deepgram_model):
+            while await greeting.read():
                 pass
             log.info("the greeting is ready: Deepgram accepts the key and the voice")
         except SpeechFailed as failure:
@@ -897,6 +1349,28 @@ class Server:
                 self._exit_requests.put_nowait(1)
             else:
                 log.warning("could not prefetch the greeting: the next call will retry")
+
+    # The end.
+
+    def _on_signal(self, *_: object) -> None:
+        """Ask for the exit: at first when current texts were heard, then at once.
+
+        This handler is Python's, not the event loop's, so it runs while a script blocks that, too.
+        """
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._limit_exit()
+        with suppress(RuntimeError):  # The event loop has just ended.
+            loop = asyncio.get_running_loop()
+            loop.call_soon_threadsafe(self._exit_requests.put_nowait, 0)
+
+    def _limit_exit(self) -> None:
+        """Have the process end some seconds after DRAIN_SECONDS, whatever a script does.
+
+        faulthandler has one timer: name_what_blocks has to have been cancelled, or to be blocked.
+        """
+        seconds = self._settings.drain_seconds + EXIT_SECONDS
+        faulthandler.dump_traceback_later(seconds, exit=True)
 
     async def _drain(self) -> None:
         """Let each call hear its current text out, but not for longer than DRAIN_SECONDS."""
@@ -915,19 +1389,22 @@ class Server:
         for call in self._calls.values():
             call.end(1001, "cut off by shutdown")
 
+    # The handshake.
+
     def _process_request(self, ws: ServerConnection, request: Request) -> Response | None:
         """Return None to go on with the handshake, else the response to give instead."""
         if request.path == HEALTH_PATH:
-            status = 200 if ws.server.is_serving() else 503
-            response = ws.respond(status, json.dumps({"calls": len(self._calls)}))
-            del response.headers["Content-Type"]  # else there would be two
-            response.headers["Content-Type"] = "application/json"
-            return response
+            status = 200
+            if not ws.server.is_serving():
+                status = 503
+            return ws.respond(status, f"{len(self._calls)} calls\n")
         if request.path != PATH:
             if "Upgrade" in request.headers:
-                log.warning("rejected a handshake: the path is %s, not %.200a", PATH, request.path)
+                path = excerpt(request.path)
+                log.warning("rejected a handshake: the path is %s, not %s", PATH, path)
             return ws.respond(404, "Not found.\n")
-        if self._settings.twilio_auth_token and not is_signed(request.headers, self._settings):
+        token = self._settings.twilio_auth_token
+        if token and not is_signed(request.headers, token, self._public_url):
             return ws.respond(403, "Not signed by Twilio.\n")
         if len(self._calls) >= self._settings.max_calls:
             log.warning("rejected a call: MAX_CALLS=%d reached", self._settings.max_calls)
@@ -935,21 +1412,33 @@ class Server:
         return None  # websockets itself gives a 503 when shutting down
 
 
-def is_signed(headers: Headers, settings: Settings) -> bool:
-    """Return whether Twilio signed the handshake, with or without a final / and :443."""
-    url = stream_url(settings.public_url or "".join(headers.get_all("Host")))
-    signature = "".join(headers.get_all("X-Twilio-Signature")).encode()
+def is_signed(headers: Headers, token: str, public_url: str) -> bool:
+    """Return whether Twilio has signed the handshake.
+
+    It signs the URL in the TwiML: `public_url` or, if that is empty, the one that Host makes. A
+    final / and :443 may have been added or left out.
+    """
+    signature = "".join(headers.get_all("X-Twilio-Signature"))
+    if not signature:
+        log.warning(
+            "rejected a handshake without X-Twilio-Signature: "
+            "it is not Twilio's, or a proxy does not pass the header on"
+        )
+        return False
+    host = "".join(headers.get_all("Host")).partition("/")[0]
+    url = stream_url(public_url or host)
     host, _, path = url.removeprefix("wss://").partition("/")
-    for port in ("", ":443"):  # Twilio may have signed any of these four
+    for port in ("", ":443"):
         for slash in ("", "/"):
-            signed = f"wss://{host.removesuffix(':443')}{port}/{path}{slash}".encode()
-            digest = hmac.digest(settings.twilio_auth_token.encode(), signed, "sha1")
-            if hmac.compare_digest(b64encode(digest), signature):
+            signed = f"wss://{host.removesuffix(':443')}{port}/{path}{slash}"
+            digest = hmac.digest(token.encode(), signed.encode(errors="replace"), "sha1")
+            if hmac.compare_digest(b64encode(digest), signature.encode(errors="replace")):
                 return True
     log.warning(
-        "rejected a handshake: X-Twilio-Signature does not match %.200a; if this was Twilio, "
-        "check TWILIO_AUTH_TOKEN, and set PUBLIC_URL to the URL in the TwiML",
-        url,
+        "rejected a handshake: X-Twilio-Signature does not match %s; if this was Twilio, set "
+        "PUBLIC_URL to the URL in the TwiML, and TWILIO_AUTH_TOKEN to the token of the account, "
+        "subaccount or region that the number belongs to",
+        excerpt(url),
     )
     return False
 
@@ -960,6 +1449,26 @@ def stream_url(address: str) -> str:
     if "/" not in address:
         address += PATH
     return f"wss://{address}"
+
+
+BEAT_SECONDS = 0.1
+BLOCKED_SECONDS = 1.0  # Then the log says so, afterwards;
+DUMP_SECONDS = 5  # and after these, while it lasts, where.
+
+
+async def name_what_blocks() -> None:
+    """Say for how long code has blocked the event loop and, while it still does, where it is."""
+    while True:
+        faulthandler.dump_traceback_later(DUMP_SECONDS)  # unless the next beat comes before
+        began = time.monotonic()
+        await asyncio.sleep(BEAT_SECONDS)
+        seconds = time.monotonic() - began
+        if seconds > BLOCKED_SECONDS:
+            log.warning(
+                "the event loop stood still for %.1f s, and every call with it: "
+                "what blocks belongs into asyncio.to_thread, and time.sleep is asyncio.sleep",
+                seconds,
+            )
 
 
 # --- The start ------------------------------------------------------------------------------------
@@ -993,20 +1502,21 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def announce(settings: Settings, port: int) -> None:
+def announce(settings: Settings, port: int, public_url: str) -> None:
     """Print where the server listens and the TwiML to paste."""
     scheme = "ws"
     if settings.tls_cert:
         scheme = "wss"
-    address = settings.public_url or ngrok_url(port)
     print(f"Listening on {scheme}://{settings.host}:{port}{PATH}. The TwiML to paste:\n")
-    print(TWIML.format(url=stream_url(address or "YOUR-HOST")), flush=True)
-    if not address:
+    print(TWIML.format(url=stream_url(public_url or "YOUR-HOST")), flush=True)
+    if not public_url:
         print(
             f"\nReplace YOUR-HOST: the ngrok agent here has no public https URL for port {port}.\n"
             f"Or run `ngrok http {port}` first, or set PUBLIC_URL, and restart.",
             flush=True,
         )
+        if settings.twilio_auth_token:
+            log.warning("set PUBLIC_URL: without it, a handshake's Host says what must be signed")
 
 
 def ngrok_url(port: int) -> str:
@@ -1016,35 +1526,43 @@ def ngrok_url(port: int) -> str:
         for tunnel in api.json()["tunnels"]:
             url = str(tunnel["public_url"])
             is_public = url.startswith("https://") and not url.endswith(".internal")  # ngrok's own
-            if is_public and tunnel["config"]["addr"].endswith(f":{port}"):
+            if is_public and str(tunnel["config"].get("addr")).endswith(f":{port}"):
                 return url
     return ""
 
 
 class Throttle(logging.Filter):
-    """Lets through five warnings or errors of a kind a second: nobody can flood the log."""
+    """Lets through five lines of a kind a second, and says how many it dropped.
+
+    Nobody can flood the log. The INFO lines of the calls themselves are all let through.
+    """
 
     MAX_PER_SECOND = 5
 
     def __init__(self) -> None:
         super().__init__()
         self._second = 0
-        self._counts = collections.Counter[str]()  # by format string
+        self._counts = collections.Counter[str]()  # of this second, by format string
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether `record` is to be logged."""
-        if record.levelno < logging.WARNING:
+        if record.name == log.name and record.levelno == logging.INFO:
             return True
         if int(record.created) != self._second:
             self._second = int(record.created)
-            self._counts.clear()
-        self._counts[record.msg] += 1
-        return self._counts[record.msg] <= self.MAX_PER_SECOND
+            counts = self._counts
+            self._counts = collections.Counter()
+            for kind, count in counts.items():
+                if count > self.MAX_PER_SECOND:
+                    log.warning("%d more lines like this: %s", count - self.MAX_PER_SECOND, kind)
+        kind = str(record.msg)
+        self._counts[kind] += 1
+        return self._counts[kind] <= self.MAX_PER_SECOND
 
 
 def raise_file_limit() -> None:
-    """Allow as many open files as the system grants: 500 calls need more than a Mac's 256."""
-    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+    """Allow as many open files as the system grants: 300 calls need more than a Mac's 256."""
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit.
         from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
         soft, hard = getrlimit(RLIMIT_NOFILE)
@@ -1065,12 +1583,15 @@ def main(script: Script = script) -> int:
     for name in (log.name, "websockets.server", "asyncio"):
         logging.getLogger(name).addFilter(throttle)
     try:
-        if not inspect.isasyncgenfunction(script):
-            raise StartError("A script is an async generator function: async def, with a yield.")
+        if not inspect.iscoroutinefunction(script):
+            raise StartError("A script is an async function that says `await call.say(text)`.")
+        others = read_dotenv()
         settings = Settings.load()
         log.setLevel(settings.log_level)
         if settings.log_level == "DEBUG":
             logging.getLogger("websockets").setLevel(logging.INFO)  # its rejections, not its frames
+        if others:
+            log.info("%s has, besides settings: %s", DOTENV.absolute(), ", ".join(others))
         if not settings.twilio_auth_token:
             log.warning("TWILIO_AUTH_TOKEN is not set: anyone can spend your Deepgram credit")
         raise_file_limit()
@@ -1078,6 +1599,8 @@ def main(script: Script = script) -> int:
     except StartError as error:
         print(error, file=sys.stderr)
         return 2
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

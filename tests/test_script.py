@@ -1,314 +1,346 @@
-"""What a script can do, and what becomes of one that fails."""
+"""What is said: the module's own script, what others can do, and what becomes of one that fails."""
+
+from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any
 
 import pytest
+from websockets import ConnectionClosedError
 
-from tests.standins.deepgram import GREETING, Answer, Deepgram, noise, said
+import twilio_aura
+from tests.standins import poll
+from tests.standins.deepgram import GREETING, Deepgram, noise
 from tests.standins.process import MODULE, Server
 from tests.standins.telephone import dial
+from tests.standins.wire import Line, settle
+from twilio_aura import Call, Settings
+
+# The module's own
 
 
-async def test_default_script(deepgram: Deepgram) -> None:
-    """The module on its own says the greeting, or the TwiML's text."""
+async def test_module(deepgram: Deepgram) -> None:
+    """The module on its own says the greeting, or the TwiML's text, and the call stays open."""
     async with Server({"DEEPGRAM_URL": deepgram.url}, MODULE) as server:
         async with dial(server.url) as phone:
             await phone.hears(noise(GREETING))
+            await phone.hang_up()
+        assert (await server.until_ended(phone.call_sid)).startswith("hung up;")
         async with dial(server.url, parameters={"text": "Another text."}) as phone:
             await phone.hears(noise("Another text."))
 
 
-MENU = '''
-async def script(call):
-    """Repeat each key."""
-    yield "Press a key."
-    while (key := await call.digit()) != "#":
-        yield f"You pressed {key}."
-    yield "Bye."
-'''
+@pytest.mark.parametrize(
+    ("parameters", "model", "text"),
+    [
+        ({}, "aura-asteria-en", GREETING),
+        ({"text": "Guten Tag.", "model": "aura-2-lara-de"}, "aura-2-lara-de", "Guten Tag."),
+        ({"text": "", "model": ""}, "aura-asteria-en", GREETING),  # as of an empty template
+        ({"text": " \n ", "model": " "}, "aura-asteria-en", GREETING),
+    ],
+)
+async def test_default_script(parameters: dict[str, str], model: str, text: str) -> None:
+    """The module's script says the TwiML's text in the TwiML's voice, or else the settings'."""
+    async with Line(twilio_aura.script, parameters) as line:
+        assert await line.ended() == (1000, "completed")
+        assert line.tts.pieces == [(model, text)]
 
 
-async def test_menu(deepgram: Deepgram) -> None:
-    """A script hears keys, those pressed in mid-speech too, and goes on after each text."""
-    async with (
-        Server({"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": "yes"}, MENU) as menu,
-        dial(menu.url, speed=0.01) as phone,
-    ):
-        await phone.until_mark()
-        await phone.press("7")  # interrupts
-        await phone.until_mark(2)
-        assert phone.received == noise("Press a key.") + noise("You pressed 7.")
-        await phone.press("8")
-        await phone.until_mark(3)
-        await phone.press("#")
-        await phone.until_mark(4)
-        await phone.press("2")
-        assert await phone.until_closed() == 1000
-        assert phone.received == said("Press a key.", "You pressed 7.", "You pressed 8.", "Bye.")
-        assert len(phone.named("clear")) == 4
+# Others
 
 
-COUNT = """
-async def script(call):
-    yield "Press keys."
-    keys = 0
-    while await call.digit(0):
-        keys += 1
-    yield f"You pressed {keys} keys."
-"""
+async def sub_menu(call: Call) -> str:
+    """Ask until a key is pressed; return it."""
+    while True:
+        if key := await call.ask("Which one, please?", seconds=0.02):
+            return key
 
 
-async def test_keys_do_not_pile_up(deepgram: Deepgram) -> None:
-    """Of the keys that no one waits for, the last hundred are remembered."""
-    go = asyncio.Event()
-    deepgram.answer("Press keys.", Answer(write_sizes=(1, 5000), gate=go))
-    async with Server({"DEEPGRAM_URL": deepgram.url}, COUNT) as server, dial(server.url) as phone:
-        for _ in range(150):
-            await phone.press("1")
-        await phone.ws.send("x" * 1000)  # so that the keys before it have come
-        await server.logged("ignored an unexpected message")
-        go.set()
-        await phone.hears(said("Press keys.", "You pressed 100 keys."))
+async def test_sub_menu() -> None:
+    """A menu may stand in a function of its own, which returns the choice."""
+
+    async def script(call: Call) -> None:
+        await call.say("Welcome.")
+        await call.say(f"You have chosen {await sub_menu(call)}.")
+
+    async with Line(script) as line:
+        await line.until_mark(3)  # it has been said twice
+        line.press("7")
+        await line.ended()
+        *questions, answer = line.tts.texts[1:]
+        assert set(questions) == {"Which one, please?"}
+        assert answer == "You have chosen 7."
 
 
-TIMES_OUT = """
-async def script(call):
-    yield f"After 0.2 s: {await call.digit(0.2)!r}."
-    yield f"At once: {await call.digit(0)!r}."
-    yield f"A key: {await call.digit(1000)}."
-    yield f"Without a number: {await call.digit()}."
-"""
-
-
-async def test_digit_with_a_time_out(deepgram: Deepgram) -> None:
-    """A script that waits so many seconds for a key gets "" if none comes, else the key."""
-    async with (
-        Server({"DEEPGRAM_URL": deepgram.url}, TIMES_OUT) as server,
-        dial(server.url) as phone,
-    ):
-        await phone.until_returned(2)
-        await phone.press("7")
-        await phone.until_returned(3)
-        await phone.press("8")
-        texts = "After 0.2 s: ''.", "At once: ''.", "A key: 7.", "Without a number: 8."
-        await phone.hears(said(*texts))
-
-
-TWO_WAIT = """
-async def script(call):
-    waiting = [asyncio.create_task(call.digit()) for _ in range(2)]
-    yield "Press two keys."
-    yield " and ".join([await task for task in waiting])
-"""
-
-
-async def test_two_tasks_wait_for_a_digit(deepgram: Deepgram) -> None:
-    """Two tasks of a script may wait for a key at once: each key goes to one of them."""
-    async with (
-        Server({"DEEPGRAM_URL": deepgram.url}, TWO_WAIT) as server,
-        dial(server.url) as phone,
-    ):
-        await phone.until_returned()
-        await phone.press("4")
-        await phone.press("5")
-        await phone.hears(said("Press two keys.", "4 and 5"))
-
-
-CHANGES_VOICE = """
-async def script(call):
-    yield f"I am {call.model}."
-    call.model = "aura-2-lara-de"
-    yield "Und ich bin Lara."
-"""
-
-
-@pytest.mark.parametrize("model", ["aura-asteria-en", "aura-2-thalia-en"])
-async def test_model(deepgram: Deepgram, model: str) -> None:
-    """The voice is the TwiML's or the setting's; the script may change it between texts."""
-    async with Server({"DEEPGRAM_URL": deepgram.url}, CHANGES_VOICE) as server:
-        parameters = {"model": model} if model != "aura-asteria-en" else {}
-        async with dial(server.url, parameters=parameters) as phone:
-            first = noise(f"I am {model}.", model)
-            await phone.hears(first + noise("Und ich bin Lara.", "aura-2-lara-de"))
-
-
-CHOOSES_ITS_END = """
-async def script(call):
-    yield "Press a key."
-    call.close_after_speech = await call.digit() == "1"
-"""
-
-
-@pytest.mark.parametrize("setting", ["yes", "no"])
-async def test_close_after_speech(deepgram: Deepgram, setting: str) -> None:
+@pytest.mark.parametrize("setting", [False, True])
+@pytest.mark.parametrize("key", ["1", "2"])
+async def test_close_after_speech(key: str, setting: bool) -> None:
     """A script decides, whatever the setting, whether the TwiML goes on when it returns."""
-    settings = {"DEEPGRAM_URL": deepgram.url, "CLOSE_AFTER_SPEECH": setting}
-    async with Server(settings, CHOOSES_ITS_END) as server:
-        async with dial(server.url) as stays, dial(server.url) as closes:
-            for phone, key in (stays, "2"), (closes, "1"):
-                await phone.until_returned()
-                await phone.press(key)
-            assert await closes.until_closed() == 1000
-            assert not stays.has_ended
-            await stays.hang_up()
-        assert (await server.until_ended(closes.call_sid)).startswith("completed;")
-        assert (await server.until_ended(stays.call_sid)).startswith("hung up;")
+
+    async def script(call: Call) -> None:
+        call.close_after_speech = await call.digit() == "1"
+
+    async with Line(script, settings=Settings(close_after_speech=setting)) as line:
+        line.press(key)
+        if key == "1":
+            assert await line.ended() == (1000, "completed")
+        else:
+            await settle()
+            assert not line.closed
 
 
-# Scripts that fail
+async def test_script_that_returns_a_text() -> None:
+    """What a script returns is not said: the log says how to say it, and the call ends as usual."""
+
+    async def script(_: Call) -> str:
+        return "Hello."
+
+    async with Line(script) as line:
+        assert await line.ended() == (1000, "completed")
+        assert line.sent == []
+        assert line.complaint().endswith(
+            ": the script returned a str: `await call.say(text)` says it"
+        )
 
 
-BROKEN = """
-async def script(call):
-    yield "One."
-    yield str(1 / 0)
-"""
+# Failures
 
 
-async def test_broken_script(deepgram: Deepgram) -> None:
-    """A script that raises ends its own call with 1011, and the log says where it raised."""
-    async with Server({"DEEPGRAM_URL": deepgram.url}, BROKEN) as server:
-        async with dial(server.url) as phone:
-            assert await phone.until_closed() == 1011
-            assert phone.heard == noise("One.")
-        assert server.log.count("ZeroDivisionError") == 1
+async def raises(call: Call) -> None:
+    """Say something, and then fail."""
+    await call.say("One.")
+    await call.say(str(1 / 0))
 
 
-CANCELS_ITSELF = """
-async def script(call):
-    yield "One."
+async def cancels_itself(call: Call) -> None:
+    """Say something, and then raise what a task of its own may raise."""
+    await call.say("One.")
     raise asyncio.CancelledError
-"""
 
 
-async def test_script_that_cancels_itself(deepgram: Deepgram) -> None:
-    """A script that raises CancelledError, as a task of its own may, has failed as well."""
-    async with (
-        Server({"DEEPGRAM_URL": deepgram.url}, CANCELS_ITSELF) as server,
-        dial(server.url) as phone,
-    ):
-        assert await phone.until_closed() == 1011
+async def has_a_websocket_of_its_own(call: Call) -> None:
+    """Say something, and then raise what a websocket to a model does: it is not the call's."""
+    await call.say("One.")
+    raise ConnectionClosedError(None, None)
 
 
-TIDIES_UP = """
-async def script(call):
-    try:
-        yield call.parameters["text"]
-    finally:
+async def has_a_task_group(call: Call) -> None:
+    """Say something, and wait for a key, while a task of the same group fails."""
+
+    async def look_up() -> None:
         await asyncio.sleep(0.1)
-        print(call.sid, "is tidied up", file=sys.stderr, flush=True)
-"""
+        raise LookupError("the database is gone")
 
-
-async def test_script_has_time_to_end(deepgram: Deepgram) -> None:
-    """When Deepgram fails or the caller hangs up, a script may do something at its end."""
-    text = deepgram.answer("rejected, and tidied up", Answer(status=400, body=b"no"))
-    async with Server({"DEEPGRAM_URL": deepgram.url}, TIDIES_UP) as server:
-        async with dial(server.url, parameters={"text": text}) as phone:
-            assert await phone.until_closed() == 1011
-        await server.logged(f"{phone.call_sid} is tidied up")
-        async with dial(server.url, parameters={"text": "hung up, and tidied up"}) as phone:
-            await phone.until_sound()
-            await phone.hang_up()
-        await server.logged(f"{phone.call_sid} is tidied up")
-
-
-async def test_script_has_time_to_end_with_the_server(deepgram: Deepgram) -> None:
-    """So it may when the server ends, which waits for it a little."""
-    async with Server({"DEEPGRAM_URL": deepgram.url}, TIDIES_UP) as server:
-        async with dial(server.url, parameters={"text": "Until it drains."}) as phone:
-            await phone.until_sound()
-            server.signal()
-            assert await phone.until_closed() == 1000
-        assert await server.end() == 0
-        assert f"{phone.call_sid} is tidied up" in server.log
-
-
-FAILS_AT_ITS_END = """
-async def script(call):
-    try:
-        yield "Hang up."
-    finally:
-        raise ValueError("the database is full")
-"""
-
-
-async def test_script_that_fails_at_its_end(deepgram: Deepgram) -> None:
-    """What a script raises when the caller has hung up is in the log, too."""
-    async with Server({"DEEPGRAM_URL": deepgram.url}, FAILS_AT_ITS_END) as server:
-        async with dial(server.url) as phone:
-            await phone.until_sound()
-            await phone.hang_up()
-        assert (await server.until_ended(phone.call_sid)).startswith("hung up;")
-        assert server.log.count("ValueError: the database is full") == 1
-
-
-HAS_A_WEBSOCKET_OF_ITS_OWN = """
-import websockets
-
-async def script(call):
-    yield "One."
-    raise websockets.ConnectionClosedError(None, None)
-"""
-
-
-async def test_script_whose_own_websocket_closes(deepgram: Deepgram) -> None:
-    """A script's websocket to a model, say, is not taken for the call's: the script has failed."""
-    async with (
-        Server({"DEEPGRAM_URL": deepgram.url}, HAS_A_WEBSOCKET_OF_ITS_OWN) as server,
-        dial(server.url) as phone,
-    ):
-        assert await phone.until_closed() == 1011
-        assert phone.ws.close_reason == "the script failed"
-
-
-HANGS_AT_ITS_END = """
-async def script(call):
-    try:
-        yield "Hang up."
-    finally:
-        await asyncio.sleep(3600)
-"""
-
-
-async def test_script_that_hangs_at_its_end(deepgram: Deepgram) -> None:
-    """A script that does not end when the caller has hung up holds nothing up."""
-    settings = {"DEEPGRAM_URL": deepgram.url}
-    async with Server(settings, HANGS_AT_ITS_END, CLOSE_SECONDS=0.3) as server:
-        async with dial(server.url) as phone:
-            await phone.until_sound()
-            await phone.hang_up()
-        await server.until_ended(phone.call_sid)
-        server.signal()
-        assert await server.end() == 0
-
-
-HAS_A_TASK_GROUP = """
-async def look_up():
-    await asyncio.sleep(0.1)
-    raise ValueError("the database is gone")
-
-async def script(call):
     async with asyncio.TaskGroup() as group:
         group.create_task(look_up())
-        yield "One moment."
+        await call.say("One.")
         await call.digit()
-"""
 
 
-async def test_script_whose_task_group_fails(deepgram: Deepgram) -> None:
-    """What a script's task group raises is the script's failure, with its traceback."""
-    async with Server({"DEEPGRAM_URL": deepgram.url}, HAS_A_TASK_GROUP) as server:
-        async with dial(server.url, speed=0.1) as phone:
-            assert await phone.until_closed() == 1011
-            assert phone.ws.close_reason == "the script failed"
-        assert server.log.count("ValueError: the database is gone") == 1
+async def exits(call: Call) -> None:
+    """Say something, and then end the server, as it seems."""
+    await call.say("One.")
+    raise SystemExit(1)
 
 
-@pytest.mark.parametrize("value", ["None", "b'bytes'", "7", "['a list']"])
-async def test_no_text(deepgram: Deepgram, value: str) -> None:
-    """A script that yields what is no text has failed."""
-    script = f"async def script(call):\n    yield {value}\n"
-    async with Server({"DEEPGRAM_URL": deepgram.url}, script) as server, dial(server.url) as phone:
-        assert await phone.until_closed() == 1011
-        assert phone.ws.close_reason == "the script failed"
+async def interrupts(call: Call) -> None:
+    """Say something, and then do as Ctrl-C does."""
+    await call.say("One.")
+    raise KeyboardInterrupt
+
+
+async def speaks_a_text_that_exits(call: Call) -> None:
+    """Say something, and then a text that ends the server, as it seems."""
+
+    async def text() -> AsyncIterator[str]:
+        yield ""
+        raise SystemExit(1)
+
+    await call.say("One.")
+    await call.say(text())
+
+
+async def speaks_a_text_that_interrupts(call: Call) -> None:
+    """Say something, and then a text that does as Ctrl-C does."""
+
+    async def text() -> AsyncIterator[str]:
+        yield ""
+        raise KeyboardInterrupt
+
+    await call.say("One.")
+    await call.say(text())
+
+
+async def says_no_text(call: Call) -> None:
+    """Say something, and then nothing that could be said."""
+    await call.say("One.")
+    await call.say(None)  # type: ignore[arg-type]
+
+
+FAILING: list[tuple[Callable[[Call], Coroutine[Any, Any, None]], str, str]] = [
+    (raises, "await call.say(str(1 / 0))", "ZeroDivisionError: division by zero"),
+    (cancels_itself, "raise asyncio.CancelledError", "CancelledError"),
+    (has_a_websocket_of_its_own, "raise ConnectionClosedError", "no close frame received or sent"),
+    (has_a_task_group, "raise LookupError", "LookupError: the database is gone"),
+    (exits, "raise SystemExit", "SystemExit: 1"),
+    (interrupts, "raise KeyboardInterrupt", "KeyboardInterrupt"),
+    (speaks_a_text_that_exits, "raise SystemExit", "SystemExit: 1"),
+    (speaks_a_text_that_interrupts, "raise KeyboardInterrupt", "KeyboardInterrupt"),
+    (says_no_text, "await call.say(None)", "async iterable of str, not NoneType"),
+]
+
+
+@pytest.mark.parametrize(("script", "line_of_code", "error"), FAILING)
+async def test_script_that_fails(
+    script: Callable[[Call], Coroutine[Any, Any, None]], line_of_code: str, error: str
+) -> None:
+    """A script that raises ends its own call with 1011; the log has its traceback, once."""
+    async with Line(script) as line:
+        assert await line.ended() == (1011, "the script failed")
+        assert line.audio == noise("One.")
+        complaint = line.complaint()
+        assert complaint.startswith(f"ERROR call {line.call_sid}: the script failed\n")
+        assert error in complaint
+        assert f'File "{__file__}"' in complaint
+        assert line_of_code in complaint
+
+
+# What a script does at its end
+
+
+@pytest.mark.parametrize("how", ["hang-up", "failure", "drain", "cut-off"])
+async def test_script_has_time_to_end(how: str) -> None:
+    """Whatever ends a call, its script may do something at its end, which is waited for."""
+    tidied_up = []
+
+    async def script(call: Call) -> None:
+        try:
+            await call.say("One.")
+            await call.say("Two.")
+        finally:
+            await asyncio.sleep(0.05)
+            tidied_up.append(True)
+
+    async with Line(script, returns_marks=False) as line:
+        line.tts.fails("Two.", "Deepgram answered 400")
+        await line.until_mark()
+        match how:
+            case "hang-up":
+                line.stop()
+            case "failure":
+                line.returns_marks = True
+                line.return_marks()
+            case "drain":
+                line.call.drain()
+                line.return_marks()
+            case _:
+                line.call.end(1001, "cut off by shutdown")
+        code, _ = await line.ended()
+        assert code == {"failure": 1011, "cut-off": 1001}.get(how, 1000)
+        assert tidied_up == [True]
+
+
+async def test_script_that_fails_at_its_end() -> None:
+    """What a script raises when the caller has hung up is in the log, too."""
+
+    async def script(call: Call) -> None:
+        try:
+            await call.say("Hang up.")
+        finally:
+            raise ValueError("the database is full")
+
+    async with Line(script, returns_marks=False) as line:
+        await line.until_mark()
+        line.stop()
+        assert await line.ended() == (1000, "hung up")
+        assert line.complaint().endswith("\nValueError: the database is full")
+
+
+AFTER_THE_END: dict[str, Callable[[Call], Coroutine[Any, Any, object]]] = {
+    "say": lambda call: call.say("Never said."),
+    "ask": lambda call: call.ask("Never said."),
+    "ask, a key waiting": lambda call: call.ask("Never said.", seconds=0),
+    "digit": lambda call: call.digit(),
+    "digit(0)": lambda call: call.digit(0),
+    "hang_up": lambda call: call.hang_up(),
+    "redirect": lambda call: call.redirect("<Response/>"),
+}
+
+
+@pytest.mark.parametrize("verb", AFTER_THE_END)
+async def test_script_that_catches_everything(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once its call has ended, a script that goes on gets nothing done, and the log names it."""
+    monkeypatch.setattr(twilio_aura, "CLOSE_SECONDS", 0.3)
+    posted: list[object] = []
+    monkeypatch.setattr(twilio_aura, "post_twiml", lambda *arguments: posted.append(arguments))
+    caught: list[BaseException] = []
+    enough = asyncio.Event()
+    performers: list[asyncio.Task[Any] | None] = []
+
+    async def script(call: Call) -> None:
+        performers.append(asyncio.current_task())
+        await call.say("Hang up.")
+        while not enough.is_set() and len(caught) < 1000:
+            try:
+                await (AFTER_THE_END[verb] if caught else Call.digit)(call)
+            except BaseException as error:
+                caught.append(error)
+        raise asyncio.CancelledError
+
+    try:
+        async with Line(script, settings=Settings(twilio_auth_token="12345")) as line:
+            await line.until_mark()
+            await settle()
+            if verb == "ask, a key waiting":
+                line.press("1")
+                line.press("2")
+            line.stop()
+            assert await line.ended() == (1000, "hung up")
+            assert len(caught) < 10  # It does not keep the event loop busy.
+            await poll(lambda: len(caught) > 1)
+            assert {type(error) for error in caught} == {asyncio.CancelledError}
+            assert line.complaint() == (
+                f"WARNING call {line.call_sid}: "
+                "its script goes on: it has to let asyncio.CancelledError pass"
+            )
+            assert line.tts.texts == ["Hang up."]
+            assert line.story == "media mark"
+            assert posted == []
+            enough.set()
+            await asyncio.wait([task for task in performers if task])
+    finally:
+        enough.set()  # Else it would go on for ever.
+
+
+async def test_script_that_swallows_its_end() -> None:
+    """A script that catches its cancellation, and then returns, is over with its call."""
+
+    async def script(call: Call) -> None:
+        with suppress(BaseException):
+            await call.digit()
+
+    async with Line(script, settings=Settings()) as line:
+        await settle()
+        line.stop()
+        assert await line.ended() == (1000, "hung up")
+
+
+async def test_script_that_hangs_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script whose end hangs when the caller has hung up holds nothing up."""
+    monkeypatch.setattr(twilio_aura, "CLOSE_SECONDS", 0.05)
+    goes_on = asyncio.Event()
+
+    async def script(call: Call) -> None:
+        try:
+            await call.say("Hang up.")
+        finally:
+            await goes_on.wait()
+
+    async with Line(script, returns_marks=False) as line:
+        await line.until_mark()
+        line.stop()
+        assert await line.ended() == (1000, "hung up")
+        assert "its script goes on" in line.complaint()
+        goes_on.set()

@@ -1,7 +1,6 @@
 """A stand-in for Deepgram's `POST /v1/speak`, with every fault as a switch.
 
-It answers on a real socket, byte by byte as told, so it speaks HTTP/1.1 itself: no library lets a
-server break HTTP in all the ways that a network does. `python -m tests.standins.deepgram` runs it.
+It answers on a real socket, byte by byte as told. `python -m tests.standins.deepgram` runs it.
 """
 
 from __future__ import annotations
@@ -10,18 +9,42 @@ import argparse
 import asyncio
 import json
 import random
-import socket
-import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Self
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-from tests.standins import Observable
-from tests.standins.http import read_request
+from tests.standins.http import Response, read_request, respond
+from tests.standins.tcp import Listener, tls_context
 
 KEY = "a-key-that-costs-money"
 GREETING = "Hello, how are you today?"  # the default
+NAMES = {  # of voices, by family and language, in November 2026; of Flux's, which are more, a few
+    ("aura", "en"): "angus arcas asteria athena helios hera luna orion orpheus perseus stella zeus",
+    ("aura-2", "en"): (
+        "amalthea andromeda apollo arcas aries asteria athena atlas aurora callista cora "
+        "cordelia delia draco electra harmonia helena hera hermes hyperion iris janus juno "
+        "jupiter luna mars minerva neptune odysseus ophelia orion orpheus pandora phoebe pluto "
+        "saturn selene thalia theia vesta zeus"
+    ),
+    ("aura-2", "es"): (
+        "agustina alvaro antonia aquila carina celeste diana estrella gloria javier luciano "
+        "nestor olivia selena silvia sirio valerio"
+    ),
+    ("aura-2", "de"): "aurelia elara fabian julius kara lara viktoria",
+    ("aura-2", "nl"): "beatrix cornelia daphne hestia lars leda rhea roman sander",
+    ("aura-2", "fr"): "agathe hector",
+    ("aura-2", "it"): "cesare cinzia demetra dionisio elio flavio livia maia melia perseo",
+    ("aura-2", "ja"): "ama ebisu fujin izanami uzume",
+    ("flux", "en"): "alexis bruce cole haley heather jack priya rufus",
+}
+VOICES = [
+    f"{family}-{name}-{language}"
+    for (family, language), names in NAMES.items()
+    for name in names.split()
+]
 
 
 def noise(text: str, model: str = "aura-asteria-en") -> bytes:
@@ -36,34 +59,17 @@ def said(*texts: str) -> bytes:
 
 
 @dataclass
-class Answer:
-    """What is done with one request.
+class Answer(Response):
+    """What is done with one request; its other fields are those of `Response`.
 
     Attributes:
         audio: The body of a 200; None is `Deepgram.voice` of the text.
-        status: The HTTP status.
-        body: Instead of audio, with whatever status.
-        headers: In addition, or instead of the default ones.
-        framing: How the end of the body is told: chunked, length or close.
-        write_sizes: Sizes in bytes in which the body is written; the last one goes on.
-        delay_seconds: Until the response's head and first byte.
-        gate: Waited for after the first write.
-        pause_seconds: After every write.
-        stop_after: Bytes of the body (0: with the head, -1: before it), then `failure` happens.
-        failure: cut (close the connection), reset (with RST) or stall (write nothing more).
+        delay_seconds_per_character: In addition to `delay_seconds`. Aura takes 0.0004; a clip that
+            comes only as a whole, as Flux's, is one of 1/150 with `write_sizes` larger than it.
     """
 
     audio: bytes | None = None
-    status: int = 200
-    body: bytes | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    framing: str = "chunked"
-    write_sizes: Sequence[int] = (1000,)
-    delay_seconds: float = 0.0
-    gate: asyncio.Event | None = None
-    pause_seconds: float = 0.0
-    stop_after: int | None = None
-    failure: str = "cut"
+    delay_seconds_per_character: float = 0.0
 
 
 @dataclass
@@ -77,14 +83,34 @@ class Request:
     body: bytes
     connection: int
     at: float
+    status: int = 0  # of the answer
 
 
-class Deepgram(Observable):
+class Head(NamedTuple):
+    """One HEAD: on which connection, and when."""
+
+    connection: int
+    at: float
+
+
+class Deepgram(Listener):
     """The stand-in: `async with Deepgram() as deepgram`, then `deepgram.url`.
+
+    Attributes:
+        answers: What is answered, by text, in turn; the last one stays.
+        head_answer: What is answered to any HEAD; it can have no body.
+        requests: The POST requests that came.
+        heads: The HEAD requests that came; they need no login, and are not under way.
+        under_way: How many POST requests that were not rejected are being answered.
 
     Args:
         voice: Returns the mulaw audio for a text and a model.
         default: The answer to texts that `answers` has none for.
+        port: Where it listens, on 127.0.0.1; 0 picks a free port.
+        host: What `url` calls it; the other name it has is localhost.
+        tls: What it serves TLS with, such as `tls_context`; None is plain HTTP.
+        concurrency: The plan's: a request beyond so many under way is answered 429.
+        knows_voices: Whether a voice that is not one of VOICES is answered 400.
     """
 
     def __init__(
@@ -92,32 +118,29 @@ class Deepgram(Observable):
         voice: Callable[[str, str], bytes] = noise,
         default: Answer | None = None,
         port: int = 0,
+        *,
+        host: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
+        concurrency: int | None = None,
+        knows_voices: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(port, tls)
         self.voice = voice
         self.default = default or Answer()
-        self.answers: dict[str, list[Answer]] = {}  # by text; the last one stays
+        self.answers: dict[str, list[Answer]] = {}
+        self.head_answer = Answer(status=404, framing="length")
         self.requests: list[Request] = []
-        self.connections = 0
+        self.heads: list[Head] = []
         self.under_way = self.most_under_way = 0
-        self.port = port
-        self._writers: set[asyncio.StreamWriter] = set()
+        self.concurrency = concurrency
+        self.knows_voices = knows_voices
+        self._host = host
 
     @property
     def url(self) -> str:
         """The value for DEEPGRAM_URL."""
-        return f"http://127.0.0.1:{self.port}"
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1000)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for writer in list(self._writers):
-            writer.transport.abort()
-        await self._server.wait_closed()
+        scheme = "https" if self._tls else "http"
+        return f"{scheme}://{self._host}:{self.port}"
 
     def answer(self, text: str, *answers: Answer) -> str:
         """Give these answers to the requests for `text`, in turn; return `text`."""
@@ -132,55 +155,54 @@ class Deepgram(Observable):
         """Wait for the first request for `text`."""
         await self.until(lambda: bool(self.asked(text)))
 
-    def drop_connections(self) -> None:
-        """Close every connection there is, as an idle time-out does."""
-        for writer in list(self._writers):
-            writer.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the requests that come."""
         number = self.connections
-        self._writers.add(writer)
-        try:
-            while await self._serve_request(reader, writer, number):
-                pass
-        except (ConnectionError, asyncio.IncompleteReadError):
+        while await self._serve_request(reader, writer, number):
             pass
-        finally:
-            self._writers.discard(writer)
-            writer.close()
 
     async def _serve_request(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int
     ) -> bool:
         """Return whether the connection is good for another request."""
         method, target, headers, body = await read_request(reader)
+        now = asyncio.get_running_loop().time()
+        if method == "HEAD":
+            self.heads.append(Head(number, now))
+            self.changed()
+            return await respond(reader, writer, self.head_answer, {}, b"")
         text = str(json.loads(body)["text"])
-        query = parse_qs(urlsplit(target).query)
-        request = Request(
-            text,
-            query["model"][0],
-            target,
-            headers,
-            body,
-            number,
-            asyncio.get_running_loop().time(),
-        )
+        model = parse_qs(urlsplit(target).query)["model"][0]
+        request = Request(text, model, target, headers, body, number, now)
+        self.requests.append(request)
+        rejection = self._rejection(method, request)
+        if rejection:
+            request.status = rejection.status
+            self.changed()
+            return await self._answer(request, rejection, reader, writer)
         planned = self.answers.get(text) or [self.default]
         answer = planned.pop(0) if len(planned) > 1 else planned[0]
-        if headers.get("authorization") != f"Token {KEY}":
-            answer = Answer(status=401, body=INVALID_AUTH)
-        elif method != "POST" or urlsplit(target).path != path_of(request.model):
-            answer = Answer(status=404, body=b"Not Found")
+        request.status = answer.status
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
-        self.requests.append(request)
         self.changed()
         try:
             return await self._answer(request, answer, reader, writer)
         finally:
             self.under_way -= 1
             self.changed()
+
+    def _rejection(self, method: str, request: Request) -> Answer | None:
+        """Return what Deepgram would say against `request`, if anything."""
+        if request.headers.get("authorization") != f"Token {KEY}":
+            return error(401, "INVALID_AUTH", "Invalid credentials.")
+        if method != "POST" or urlsplit(request.target).path != path_of(request.model):
+            return Answer(status=404, body=b"Not Found", framing="length")
+        if self.knows_voices and request.model not in VOICES:
+            return error(400, "Bad Request", "No such model/version combination found.")
+        if self.concurrency is not None and self.under_way >= self.concurrency:
+            return error(429, "TOO_MANY_REQUESTS", "Too many requests. Please try again later")
+        return None
 
     async def _answer(
         self,
@@ -189,61 +211,15 @@ class Deepgram(Observable):
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> bool:
-        body = answer.body
-        if body is None:
-            body = answer.audio
-        if body is None:
-            body = self.voice(request.text, request.model)
-        is_audio = answer.body is None
+        audio = answer.audio
+        if audio is None and answer.body is None:
+            audio = self.voice(request.text, request.model)
         headers = {
-            "Content-Type": "audio/mulaw;rate=8000" if is_audio else "application/json",
+            "Content-Type": "application/json" if audio is None else "audio/mulaw;rate=8000",
             "dg-request-id": f"request-{len(self.requests)}",
-            **answer.headers,
         }
-        if answer.framing == "chunked":
-            headers["Transfer-Encoding"] = "chunked"
-        elif answer.framing == "length":
-            headers["Content-Length"] = str(len(body))
-        else:
-            headers["Connection"] = "close"
-        await asyncio.sleep(answer.delay_seconds)
-        if answer.stop_after == -1:
-            return await self._break_off(answer, reader, writer)
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        writer.write(f"HTTP/1.1 {answer.status} Whatever\r\n{lines}\r\n".encode("latin-1"))
-        if answer.stop_after == 0:
-            return await self._break_off(answer, reader, writer)
-        sizes = list(answer.write_sizes)
-        position = 0
-        end = len(body) if answer.stop_after is None else answer.stop_after
-        while position < end:
-            size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
-            piece = body[position : min(end, position + size)]
-            chunked = answer.framing == "chunked"
-            writer.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-            await writer.drain()
-            position += len(piece)
-            if answer.gate:
-                await answer.gate.wait()
-            await asyncio.sleep(answer.pause_seconds)
-        if answer.stop_after is not None:
-            return await self._break_off(answer, reader, writer)
-        if answer.framing == "chunked":
-            writer.write(b"0\r\n\r\n")
-        await writer.drain()
-        return answer.framing != "close"
-
-    async def _break_off(
-        self, answer: Answer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
-        await writer.drain()
-        if answer.failure == "stall":
-            await reader.read()  # until the other side gives up
-        if answer.failure == "reset":
-            linger = struct.pack("ii", 1, 0)
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            writer.transport.abort()
-        return False
+        await asyncio.sleep(answer.delay_seconds_per_character * len(request.text))
+        return await respond(reader, writer, answer, headers, audio or b"")
 
 
 def path_of(model: str) -> str:
@@ -251,13 +227,10 @@ def path_of(model: str) -> str:
     return "/v2/speak" if model.startswith("flux-") else "/v1/speak"
 
 
-INVALID_AUTH = json.dumps(
-    {
-        "err_code": "INVALID_AUTH",
-        "err_msg": "Invalid credentials.",
-        "request_id": "f1a2b3c4",
-    }
-).encode()
+def error(status: int, code: str, message: str) -> Answer:
+    """Return Deepgram's answer to a request that it rejects."""
+    body = {"err_code": code, "err_msg": message, "request_id": "f1a2b3c4"}
+    return Answer(status=status, body=json.dumps(body).encode(), framing="length")
 
 
 async def main() -> None:
@@ -265,18 +238,22 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--delay-seconds", type=float, default=0.2)
+    parser.add_argument("--delay-seconds-per-character", type=float, default=0.0)
     parser.add_argument("--clip-bytes", type=int, help="of every text's speech, then all the same")
     parser.add_argument("--write-bytes", type=int, default=4000)
     parser.add_argument("--pause-seconds", type=float, default=0.05, help="after every write")
+    parser.add_argument("--tls", type=Path, help="PEM file with a certificate and its key")
     arguments = parser.parse_args()
     default = Answer(
         delay_seconds=arguments.delay_seconds,
+        delay_seconds_per_character=arguments.delay_seconds_per_character,
         write_sizes=[arguments.write_bytes],  # by default ten times as fast as it is spoken
         pause_seconds=arguments.pause_seconds,
     )
     if arguments.clip_bytes:
         default.audio = random.Random(0).randbytes(arguments.clip_bytes)
-    async with Deepgram(default=default, port=arguments.port) as deepgram:
+    tls = tls_context(arguments.tls) if arguments.tls else None
+    async with Deepgram(default=default, port=arguments.port, tls=tls) as deepgram:
         print(deepgram.url, flush=True)
         await asyncio.Event().wait()
 

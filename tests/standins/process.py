@@ -23,17 +23,28 @@ PROXY_VARIABLES = {
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
     *("http_proxy", "https_proxy", "all_proxy", "no_proxy"),
 }
-GREETING_SCRIPT = """
-async def script(call):
-    yield call.parameters.get("text", "").strip() or call.settings.greeting
-"""
+# What is logged where the event loop stands still: by the server, by asyncio's debug mode, and by
+# faulthandler, which names each thread and where it is, with an empty line between two of them.
+STANDS_STILL = re.compile(
+    r".* WARNING .*the event loop stood still"
+    r"|.* WARNING Executing <"
+    r"|Timeout \(\d+:\d\d:\d\d"
+    r"|(?:Current t|T)hread 0x"
+    r'|  File ".*", line \d+ in '
+    r"|  (?:\.\.\.|<.*>)$"
+    r"|$"
+)
+
+
+async def says_greeting(call: twilio_aura.Call) -> None:
+    """Do as the module's own script does, which its user may change."""
+    await call.say(call.parameters.get("text", "").strip() or call.settings.greeting)
 
 
 def environment(settings: Mapping[str, str | None]) -> dict[str, str]:
     """Return this process's environment with these settings and no others; None unsets."""
-    inherited = {
-        k: v for k, v in os.environ.items() if k not in {*twilio_aura.SETTINGS, *PROXY_VARIABLES}
-    }
+    others = {*twilio_aura.SETTINGS, *PROXY_VARIABLES, *settings}
+    inherited = {k: v for k, v in os.environ.items() if k not in others}
     inherited["PYTHONPATH"] = str(ROOT)
     inherited["PYTHONMALLOC"] = "pymalloc"  # -X dev has a slow one, for faults of C code
     return inherited | {name: value for name, value in settings.items() if value is not None}
@@ -56,46 +67,66 @@ def reserved_ports(number: int) -> Iterator[list[int]]:
             reserving.close()
 
 
-def program(script: str | Path | None, **constants: object) -> str:
-    """Return a program that serves `script` as a file of one's own does, as the README's menu.
-
-    Args:
-        script: The source of `script` and of whatever it needs; or a file that has them; or None
-            for the module's own.
-        constants: Attributes of the module that are set, such as START_SECONDS=1.
-    """
-    lines = ["import asyncio, contextlib, runpy, sys", "import twilio_aura"]
+def program(
+    script: Callable[..., object] | Path | None,
+    before: Callable[[], object] | None = None,
+    **constants: object,
+) -> str:
+    """Return a program that serves `script`; for the arguments see `Server`."""
+    lines = ["import runpy, sys", "import twilio_aura"]
     for name, value in constants.items():
         assert hasattr(twilio_aura, name)
         lines.append(f"twilio_aura.{name} = {value!r}")
+    if before:
+        lines.append(f"{imported(before, lines)}()")
     match script:
-        case str():
-            return "\n".join([*lines, script, "sys.exit(twilio_aura.main(script))"])
-        case Path():
-            return "\n".join([*lines, f"runpy.run_path({str(script)!r}, run_name='__main__')"])
         case None:
-            return "\n".join([*lines, "sys.exit(twilio_aura.main())"])
+            lines.append("sys.exit(twilio_aura.main())")
+        case Path():  # `python FILE` looks beside FILE for other modules.
+            lines.append(f"sys.path.insert(0, {str(script.parent)!r})")
+            lines.append(f"runpy.run_path({str(script)!r}, run_name='__main__')")
+        case _:
+            lines.append(f"sys.exit(twilio_aura.main({imported(script, lines)}))")
+    return "\n".join(lines)
+
+
+def imported(function: Callable[..., object], lines: list[str]) -> str:
+    """Add the line that imports `function`; return its name."""
+    assert function.__qualname__ == function.__name__, "it can be imported"
+    lines.append(f"from {function.__module__} import {function.__name__}")
+    return function.__name__
 
 
 class Server(Observable):
     """`async with Server({"DEEPGRAM_URL": …}) as server`, then `server.url`.
 
+    Attributes:
+        output: What it has written to stdout.
+        log: What it has written to stderr, without what is there only because the event loop stood
+            still, as it may where the whole machine did.
+        full_log: All that it has written to stderr.
+        port: Where it listens.
+
     Args:
         settings: Its environment, on top of a key, a free port and 127.0.0.1. None unsets.
-        script: The source of a script, by default one that says the greeting; or a file that has
-            it; or None for the module's own.
+        script: A function of a module, which is imported there; by default one that says the text
+            of the TwiML or the greeting. Or a file, which is run as `python FILE` does. Or None
+            for the module's own.
+        before: A function of a module, which is called there before anything else.
         cwd: Where it runs, and looks for `.env`.
         prefix: A command that runs it, such as prlimit.
         flags: Python's own; by default every warning is an error.
         constants: Attributes of the module that are set, such as START_SECONDS=1. By default a mark
-            may be late, so that no test fails where the whole machine stops for some seconds.
+            and the exit may be late, so that no test fails where the whole machine stops for some
+            seconds.
     """
 
     def __init__(
         self,
         settings: Mapping[str, str | None],
-        script: str | Path | None = GREETING_SCRIPT,
+        script: Callable[..., object] | Path | None = says_greeting,
         *,
+        before: Callable[[], object] | None = None,
         cwd: Path | str = "/",
         prefix: Sequence[str] = (),
         flags: Sequence[str] = ("-W", "error", "-X", "dev"),
@@ -103,12 +134,14 @@ class Server(Observable):
     ) -> None:
         super().__init__()
         defaults = {"DEEPGRAM_API_KEY": KEY, "HOST": "127.0.0.1", "PORT": "0"}
-        constants = {"MARK_GRACE_SECONDS": 1000.0, **constants}
+        constants = {"MARK_GRACE_SECONDS": 1000.0, "EXIT_SECONDS": 1000.0, **constants}
         self.environment = environment({**defaults, **settings})
-        self.command = [*prefix, sys.executable, *flags, "-c", program(script, **constants)]
+        source = program(script, before, **constants)
+        self.command = [*prefix, sys.executable, *flags, "-c", source]
         self.cwd = cwd
-        self.output = ""  # stdout
-        self.log = ""  # stderr
+        self.output = ""
+        self.log = ""
+        self.full_log = ""
         self.port = 0
         self._streams = 2
 
@@ -129,8 +162,8 @@ class Server(Observable):
             limit=2**26,  # bytes of a line
         )
         self._readers = [
-            asyncio.create_task(self._read("output", self.process.stdout)),
-            asyncio.create_task(self._read("log", self.process.stderr)),
+            asyncio.create_task(self._read(self._take_output, self.process.stdout)),
+            asyncio.create_task(self._read(self._take_log, self.process.stderr)),
         ]
         await self.until(lambda: "</Response>" in self.output or self.ended)
         if match := re.search(r"Listening on \S+:(\d+)/", self.output):
@@ -147,27 +180,33 @@ class Server(Observable):
         """Whether all it had to say has been read."""
         return self._streams == 0
 
-    async def _read(self, name: str, stream: asyncio.StreamReader | None) -> None:
+    async def _read(self, take: Callable[[str], None], stream: asyncio.StreamReader | None) -> None:
         assert stream is not None
         while line := await stream.readline():
-            if b" WARNING Executing <" in line:
-                continue  # asyncio's debug mode says so where the machine stood still
-            setattr(self, name, getattr(self, name) + line.decode(errors="replace"))
+            take(line.decode(errors="replace"))
             self.changed()
         self._streams -= 1
         self.changed()
 
+    def _take_output(self, line: str) -> None:
+        self.output += line
+
+    def _take_log(self, line: str) -> None:
+        self.full_log += line
+        if not STANDS_STILL.match(line):
+            self.log += line
+
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for `condition`, which a line of output makes true."""
+        """Wait until `condition` is true, which a line of output makes true."""
         await super().until(lambda: condition() or self.ended)
         if not condition():
-            raise AssertionError(self.log)
+            raise AssertionError(self.full_log)
 
     def lines(self, pattern: str) -> list[str]:
         """Return the lines of the log that `pattern` matches in."""
         return [line for line in self.log.splitlines() if re.search(pattern, line)]
 
-    def complaints(self, since: int) -> list[str]:
+    def complaints(self, since: int = 0) -> list[str]:
         """Return what the log has, from this position on, besides the INFO lines of calls."""
         return [line for line in self.log[since:].splitlines() if " INFO " not in line]
 
@@ -191,7 +230,8 @@ class Server(Observable):
 
     def signal(self, signum: int = signal.SIGTERM) -> None:
         """Send it a signal."""
-        self.process.send_signal(signum)
+        # asyncio's own way takes the exit status of a process that has just ended from asyncio.
+        os.kill(self.process.pid, signum)
 
     async def end(self) -> int:
         """Wait for its end; return its exit status."""

@@ -56,7 +56,97 @@ class ProtocolViolation(AssertionError):
     """The server sent what Twilio would warn about (31950, 31951)."""
 
 
-class Telephone(Observable):
+class Stream(Observable):
+    """Twilio's side of one call's stream: the messages that it sends, and what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream_sid = "MZ" + secrets.token_hex(16)
+        self.call_sid = "CA" + secrets.token_hex(16)
+        self._sequence = 0
+
+    def message(self, event: str, **fields: Any) -> str:
+        """Return one of Twilio's messages."""
+        self._sequence += 1
+        return json.dumps(
+            {
+                "event": event,
+                "sequenceNumber": str(self._sequence),
+                "streamSid": self.stream_sid,
+                **fields,
+            }
+        )
+
+    def connected_message(self) -> str:
+        """Return `connected`, which comes first, without the fields of the others."""
+        return json.dumps({"event": "connected", "protocol": "Call", "version": "1.0.0"})
+
+    def start_message(self, **parameters: str) -> str:
+        """Return `start`, with these <Parameter>s."""
+        return self.message("start", start=self.start_fields(**parameters))
+
+    def start_fields(self, **parameters: str) -> dict[str, Any]:
+        """Return what `start` has besides its event."""
+        return {
+            "accountSid": ACCOUNT_SID,
+            "streamSid": self.stream_sid,
+            "callSid": self.call_sid,
+            "tracks": ["inbound"],
+            "mediaFormat": MULAW,
+            "customParameters": parameters,
+        }
+
+    def voice_message(self, chunk: int = 0) -> str:
+        """Return the caller's silence, 20 ms of it."""
+        payload = base64.b64encode(b"\xff" * 160).decode()
+        media = {
+            "track": "inbound",
+            "chunk": str(chunk + 1),
+            "timestamp": str(chunk * 20),
+            "payload": payload,
+        }
+        return self.message("media", media=media)
+
+    def digit_message(self, digit: str) -> str:
+        """Return that a key was pressed."""
+        return self.message("dtmf", dtmf={"track": "inbound_track", "digit": digit})
+
+    def mark_message(self, name: str) -> str:
+        """Return the mark of this name."""
+        return self.message("mark", mark={"name": name})
+
+    def stop_message(self) -> str:
+        """Return `stop`, with which a call ends."""
+        return self.message("stop", stop={"accountSid": ACCOUNT_SID, "callSid": self.call_sid})
+
+    def check(self, message: str | bytes) -> tuple[str, str | bytes]:
+        """Return the event of the server's `message`, and its payload or name, if it has any."""
+        if isinstance(message, bytes):
+            raise ProtocolViolation("a binary message (31950)")
+        fields = json.loads(message)
+        match fields:
+            case {"event": "media", "streamSid": sid, "media": {"payload": str(payload)}}:
+                keys = {"event", "streamSid", "media"}, {"payload"}
+                try:
+                    what: str | bytes = base64.b64decode(payload, validate=True)
+                except binascii.Error as error:
+                    raise ProtocolViolation(f"a payload that is not base64: {error}") from error
+            case {"event": "mark", "streamSid": sid, "mark": {"name": str(name)}}:
+                keys = {"event", "streamSid", "mark"}, {"name"}
+                what = name
+            case {"event": "clear", "streamSid": sid}:
+                keys = {"event", "streamSid"}, set()
+                what = ""
+            case _:
+                raise ProtocolViolation(f"not a message Twilio knows (31951): {message[:200]}")
+        event = str(fields["event"])
+        inner = fields.get(event, {})
+        if (set(fields), set(inner)) != keys or sid != self.stream_sid:
+            raise ProtocolViolation(f"extra keys or a wrong streamSid (31951): {message[:200]}")
+        return event, what
+
+
+class Telephone(Stream):
     """One call, made by `dial`.
 
     Attributes:
@@ -66,6 +156,7 @@ class Telephone(Observable):
         events: What came, in order: ("media", bytes), ("mark", name), ("clear", "").
         times: The event loop's time of each event.
         echoed_marks: The names of the marks echoed, played or cleared.
+        pauses: The seconds of silence before a sound, and how many bytes had been heard before it.
 
     Args:
         speed: Seconds of audio played in a second.
@@ -83,18 +174,16 @@ class Telephone(Observable):
     ) -> None:
         super().__init__()
         self.ws = ws
-        self.stream_sid = "MZ" + secrets.token_hex(16)
-        self.call_sid = "CA" + secrets.token_hex(16)
         self.heard = bytearray()
         self.received = bytearray()
         self.media_sizes: list[int] = []
         self.events: list[tuple[str, str | bytes]] = []
         self.times: list[float] = []
         self.echoed_marks: list[str] = []
+        self.pauses: list[tuple[float, int]] = []
         self._on_message = on_message
         self._speed = speed  # seconds of audio played in a second
         self._returns_marks = returns_marks
-        self._sequence = 0
         self._buffer: asyncio.Queue[tuple[str, str | bytes]] = asyncio.Queue()
         self._cleared = asyncio.Event()
         self.has_ended = False
@@ -120,17 +209,7 @@ class Telephone(Observable):
 
     async def send(self, event: str, **fields: Any) -> None:
         """Send one of Twilio's messages."""
-        self._sequence += 1
-        await self.send_raw(
-            json.dumps(
-                {
-                    "event": event,
-                    "sequenceNumber": str(self._sequence),
-                    "streamSid": self.stream_sid,
-                    **fields,
-                }
-            )
-        )
+        await self.send_raw(self.message(event, **fields))
 
     async def send_raw(self, message: str | bytes) -> None:
         """Send `message` as it is."""
@@ -139,47 +218,25 @@ class Telephone(Observable):
 
     async def connected(self) -> None:
         """Send `connected`, which comes first."""
-        await self.send_raw(
-            json.dumps({"event": "connected", "protocol": "Call", "version": "1.0.0"})
-        )
-
-    def start_fields(self, **parameters: str) -> dict[str, Any]:
-        """Return what `start` has besides its event."""
-        return {
-            "accountSid": ACCOUNT_SID,
-            "streamSid": self.stream_sid,
-            "callSid": self.call_sid,
-            "tracks": ["inbound"],
-            "mediaFormat": MULAW,
-            "customParameters": parameters,
-        }
+        await self.send_raw(self.connected_message())
 
     async def start(self, **parameters: str) -> None:
         """Send `start`, with these <Parameter>s."""
-        await self.send("start", start=self.start_fields(**parameters))
+        await self.send_raw(self.start_message(**parameters))
 
     async def voice(self, messages: int = 1) -> None:
         """Send so many 20 ms messages of the caller's silence."""
-        payload = base64.b64encode(b"\xff" * 160).decode()
         for chunk in range(messages):
-            await self.send(
-                "media",
-                media={
-                    "track": "inbound",
-                    "chunk": str(chunk + 1),
-                    "timestamp": str(chunk * 20),
-                    "payload": payload,
-                },
-            )
+            await self.send_raw(self.voice_message(chunk))
 
     async def press(self, digit: str) -> None:
         """Press a key."""
-        await self.send("dtmf", dtmf={"track": "inbound_track", "digit": digit})
+        await self.send_raw(self.digit_message(digit))
 
     async def hang_up(self, *, stop: bool = True) -> None:
         """End the call from this side, as a caller does."""
         if stop:
-            await self.send("stop", stop={"accountSid": ACCOUNT_SID, "callSid": self.call_sid})
+            await self.send_raw(self.stop_message())
         await self.ws.close()
 
     def drop(self) -> None:
@@ -235,7 +292,7 @@ class Telephone(Observable):
         try:
             async for message in self.ws:
                 self._on_message("server", message)
-                event = self._check(message)
+                event = self.check(message)
                 self.events.append(event)
                 self.times.append(asyncio.get_running_loop().time())
                 match event:
@@ -257,33 +314,9 @@ class Telephone(Observable):
             self.has_ended = True
             self.changed()
 
-    def _check(self, message: str | bytes) -> tuple[str, str | bytes]:
-        if isinstance(message, bytes):
-            raise ProtocolViolation("a binary message (31950)")
-        fields = json.loads(message)
-        match fields:
-            case {"event": "media", "streamSid": sid, "media": {"payload": str(payload)}}:
-                keys = {"event", "streamSid", "media"}, {"payload"}
-                try:
-                    what: str | bytes = base64.b64decode(payload, validate=True)
-                except binascii.Error as error:
-                    raise ProtocolViolation(f"a payload that is not base64: {error}") from error
-            case {"event": "mark", "streamSid": sid, "mark": {"name": str(name)}}:
-                keys = {"event", "streamSid", "mark"}, {"name"}
-                what = name
-            case {"event": "clear", "streamSid": sid}:
-                keys = {"event", "streamSid"}, set()
-                what = ""
-            case _:
-                raise ProtocolViolation(f"not a message Twilio knows (31951): {message[:200]}")
-        event = str(fields["event"])
-        inner = fields.get(event, {})
-        if (set(fields), set(inner)) != keys or sid != self.stream_sid:
-            raise ProtocolViolation(f"extra keys or a wrong streamSid (31951): {message[:200]}")
-        return event, what
-
     async def _play(self) -> None:
-        loop, ended_at = asyncio.get_running_loop(), 0.0
+        loop = asyncio.get_running_loop()
+        ended_at = loop.time()
         while True:
             is_gap = self._buffer.empty()
             _, what = await self._buffer.get()
@@ -291,6 +324,8 @@ class Telephone(Observable):
                 self._cleared.clear()
                 # Where this process was stopped for a while, it plays on as if it had not been.
                 begun_at = loop.time() if is_gap else ended_at
+                if is_gap:
+                    self.pauses.append((begun_at - ended_at, len(self.heard)))
                 ended_at = begun_at + len(what) / BYTES_PER_SECOND / self._speed
                 try:
                     async with asyncio.timeout_at(ended_at):
@@ -315,7 +350,7 @@ class Telephone(Observable):
     async def _return_mark(self, name: str) -> None:
         if self._returns_marks and self.ws.state is State.OPEN:
             with suppress(ConnectionClosed):
-                await self.send("mark", mark={"name": name})
+                await self.send_raw(self.mark_message(name))
                 self.echoed_marks.append(name)
 
 
