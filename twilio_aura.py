@@ -1546,15 +1546,15 @@ class Throttle(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether `record` is to be logged."""
-        if record.name == log.name and record.levelno == logging.INFO:
-            return True
         if int(record.created) != self._second:
             self._second = int(record.created)
             counts = self._counts
             self._counts = collections.Counter()
             for kind, count in counts.items():
-                if count > self.MAX_PER_SECOND:
+                if count > self.MAX_PER_SECOND:  # This line is filtered, too, as any other.
                     log.warning("%d more lines like this: %s", count - self.MAX_PER_SECOND, kind)
+        if record.name == log.name and record.levelno == logging.INFO:
+            return True
         kind = str(record.msg)
         self._counts[kind] += 1
         return self._counts[kind] <= self.MAX_PER_SECOND

@@ -4,6 +4,7 @@ What needs no socket is tested in the process, over a stand-in for a websocket; 
 processes are started where they are the point. conftest.py has what the tests share.
 
 - test_call.py: `Call`: what a script may use, what Twilio sends, keys, marks, drains, its end.
+- test_call_streamdouble.py: calls by a simulator of Twilio that others wrote.
 - test_script.py: the default script; what becomes of a script that returns, fails or goes on.
 - test_mistakes.py: what beginners write, and what they are told.
 - test_playback.py: `Playback`: how far ahead of what plays, and the figures in the log.
@@ -18,11 +19,11 @@ processes are started where they are the point. conftest.py has what the tests s
 - test_server_drain.py: how a server ends.
 - test_start.py: what is printed, ngrok, TLS, and what a server cannot have.
 - test_throttle.py: `Throttle`: nobody fills the log.
-- test_demo.py: the demo.
+- test_demo.py, test_voice.py: the demo, and the offline voice that it has without an account.
 - test_readme.py, test_readme_proxies.py: what the README says, and its proxies.
 
-- standins/: Deepgram and its voice, ngrok, Twilio's telephone and REST API, a network, and the
-  real server in a process of its own.
+- standins/: Deepgram and its voice, ngrok, Twilio's telephone and REST API, language models, a
+  network; and the real server, in a process of its own.
 - scripts/: scripts in files of their own, for the tests of the demo and of mistakes.
 - demo.py: a simulated call that can be listened to: `python -m tests.demo`.
 - benchmark/: what a caller waits for, and what a call costs: `python -m tests.benchmark`.

@@ -79,6 +79,15 @@ def test_it_forgets(log: Log) -> None:
     assert log.lines == ["7 more lines like this: this, %d", "that", "that", "that"]
 
 
+def test_count_before_the_next_call(log: Log) -> None:
+    """How many lines were dropped is told before the next line, though it is one of a call."""
+    for number in range(12):
+        log.warning("this, %d", number)
+    log.seconds = 1.0
+    log.info("a call")
+    assert log.lines[5:] == ["7 more lines like this: this, %d", "a call"]
+
+
 def test_lines_of_calls(log: Log) -> None:
     """The INFO lines of the calls themselves are all let through, and no other lines are."""
     websockets = Log("websockets.server", twilio_aura.Throttle())
