@@ -1570,13 +1570,18 @@ def raise_file_limit() -> None:
         setrlimit(RLIMIT_NOFILE, (limit, hard))
 
 
-def main(script: Script = script) -> int:
-    """Serve `script` as the command line and the settings say; return the exit status."""
+def help_text() -> str:
+    """Return what --help prints: what this is, and the settings as .env.example has them."""
     lines = [f"{__doc__}\nSettings, in the environment or in .env:\n"]
     for name, field in SETTINGS.items():
         lines.append(f"# {field.metadata['about']}\n{name}={field.metadata['default']}")
+    return "\n".join(lines)
+
+
+def main(script: Script = script) -> int:
+    """Serve `script` as the command line and the settings say; return the exit status."""
     argparse.ArgumentParser(
-        description="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter
+        description=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     throttle = Throttle()
@@ -1593,7 +1598,10 @@ def main(script: Script = script) -> int:
         if others:
             log.info("%s has, besides settings: %s", DOTENV.absolute(), ", ".join(others))
         if not settings.twilio_auth_token:
-            log.warning("TWILIO_AUTH_TOKEN is not set: anyone can spend your Deepgram credit")
+            log.warning(
+                "TWILIO_AUTH_TOKEN is not set: anyone can spend your Deepgram credit, and a "
+                "script's hang_up and redirect fail"
+            )
         raise_file_limit()
         return asyncio.run(Server(settings, script).run())
     except StartError as error:

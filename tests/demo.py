@@ -520,8 +520,9 @@ def server_settings() -> dict[str, str]:
     try:
         twilio_aura.read_dotenv()
         names = [*twilio_aura.SETTINGS, *PROXY_VARIABLES]
-        settings = {name: os.environ[name] for name in names if name in os.environ}
-        os.environ.setdefault("DEEPGRAM_API_KEY", KEY)
+        # In a copy of .env.example the key is empty, which counts as not set.
+        settings = {name: os.environ[name] for name in names if os.environ.get(name, "").strip()}
+        os.environ["DEEPGRAM_API_KEY"] = settings.get("DEEPGRAM_API_KEY", KEY)
         twilio_aura.Settings.load()  # Those that the demo replaces may be wrong, too.
     finally:
         # A script has its own variables no sooner than without the demo.

@@ -14,8 +14,11 @@ from streamdouble.audio import load_wav
 import twilio_aura
 from tests.demo import run as run_here
 from tests.standins.deepgram import GREETING, KEY, Answer, Deepgram
+from tests.standins.process import ROOT
 from tests.standins.voice import resampled, speak, to_mulaw, write_wav
 from tests.test_demo import UNHURRIED, run
+
+EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
 
 
 async def demo(cwd: Path, *arguments: str, **settings: str) -> tuple[int, str, str]:
@@ -33,8 +36,10 @@ def recording(file: Path) -> np.ndarray:
     return samples[:, 0]
 
 
-async def test_default(tmp_path: Path) -> None:
-    """Without an option, a key or an account the greeting is heard, and kept as call.wav."""
+@pytest.mark.parametrize("dotenv", ["", EXAMPLE], ids=["nothing", "example"])
+async def test_default(tmp_path: Path, dotenv: str) -> None:
+    """Without an option or a key, as .env.example has none, the greeting is heard and kept."""
+    (tmp_path / ".env").write_text(dotenv, encoding="utf-8")
     status, output, errors = await demo(tmp_path)
     if "stood still" not in errors:  # the machine, and the server of which this is a warning
         assert (status, errors) == (0, "")
