@@ -279,15 +279,15 @@ class Call:
 
     async def _close(self, code: int, reason: str) -> bool:
         """Close the websocket; return whether the peer acknowledged that within CLOSE_SECONDS."""
-        try:
-            async with timeout(CLOSE_SECONDS):
-                # websockets aborts the transport of a connection that is closing already. If that
-                # transport has just closed itself, with its last data, asyncio's abort() raises.
-                with suppress(AttributeError):
+        # websockets aborts the transport of a connection that is closing already, and so do we. If
+        # that transport has just closed itself, with its last data, asyncio's abort() raises.
+        with suppress(AttributeError):
+            try:
+                async with timeout(CLOSE_SECONDS):
                     await self._ws.close(code, reason)
-        except TimeoutError:
-            self._ws.transport.abort()  # else websockets waits for 10 s more when `serve` returns
-            return False
+            except TimeoutError:
+                self._ws.transport.abort()  # else websockets waits for 10 s more after `serve`
+                return False
         return True
 
     # The receiver task: what Twilio tells us.

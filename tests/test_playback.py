@@ -138,6 +138,7 @@ def test_counts(clock: Clock) -> None:
     """What was sent is heard when it has been played; of what was cleared, what had been played."""
     playback = Playback()
     assert playback.summary() == "no audio sent"
+    playback.started_at = clock.now
     clock.now += 0.25
     playback.add(10 * SECOND)
     assert playback.ahead_seconds() == pytest.approx(10)

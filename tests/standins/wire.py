@@ -332,7 +332,7 @@ class Line(Wire):
     @property
     def ends(self) -> list[str]:
         """The lines that say how the call ended: one, when it has."""
-        return [line for line in self.log if re.match(r"\w+ call .* ended: ", line)]
+        return [line for line in self.log if re.match(r"\w+ call [^:]+ ended: ", line)]
 
     def complaint(self) -> str:
         """Take the one WARNING or ERROR there is, and return it."""
