@@ -43,6 +43,7 @@ from typing import Any, NamedTuple
 
 import requests
 from dotenv import load_dotenv
+from urllib3.util import create_urllib3_context  # of requests' own urllib3
 from websockets import ConnectionClosed, Headers, Request, Response, ServerConnection
 from websockets.asyncio.server import Server as ListeningServer
 from websockets.asyncio.server import serve
@@ -769,9 +770,9 @@ class Utterance:
         if len(self._speeches) == 2 or self._position == len(self._text):
             return False
         text = self._text[self._position : self._position + MAX_CHARACTERS]
-        is_last = self._position + len(text) == len(self._text)
-        is_whole = is_last and self._is_written and not self.failure
-        length = length_of_piece(text, self._requests, is_paused or bool(self.failure), is_whole)
+        is_broken_off = self.failure is not None
+        is_whole = self._is_written and not is_broken_off
+        length = length_of_piece(text, self._requests, is_paused or is_broken_off, is_whole)
         self._position += length
         self._changed.set()
         piece = text[:length].strip()
@@ -997,15 +998,18 @@ def client_tls_context() -> ssl.SSLContext:
     path = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
     if not path:
         path = requests.utils.DEFAULT_CA_BUNDLE_PATH
+    context = create_urllib3_context()
     try:
         if Path(path).is_dir():
-            return ssl.create_default_context(capath=path)
-        return ssl.create_default_context(cafile=path)
+            context.load_verify_locations(capath=path)
+        else:
+            context.load_verify_locations(cafile=path)
     except OSError as error:
         raise StartError(
             f"Cannot read the certificates in {path} ({error}): check REQUESTS_CA_BUNDLE and "
             "CURL_CA_BUNDLE."
         ) from None
+    return context
 
 
 def check_audio(response: requests.Response) -> None:
@@ -1039,9 +1043,11 @@ def retry_after_seconds(response: requests.Response) -> float:
 MAX_CHARACTERS = 2000  # of a request, says Deepgram
 MAX_PIECE_CHARACTERS = 300  # since a long text takes Deepgram longer
 FIRST_PIECE_CHARACTERS = 20  # at least, so that "Hi." takes the next sentence along
-# While a text is being written, the first piece may end after a clause from 40 characters on, and
-# the second one from 150 on. Speaking so much takes longer than writing the rest of the sentence.
-CLAUSE_CHARACTERS = (40, 150)
+# While a text is being written, the first piece may end after a clause from so many characters on.
+FIRST_CLAUSE_CHARACTERS = 40
+# A part of a sentence that follows it has at most so many, which are written before the first piece
+# has been spoken, at 15 tokens a second or more.
+SECOND_PIECE_CHARACTERS = 175
 PAUSE_SECONDS = 0.5  # If a text pauses for so long, what is complete is said.
 # Deepgram's inline controls, such as \{pause:500ms\}. One that is not closed yet goes on.
 CONTROL = re.compile(r"\\\{.*?(?:\\\}|\Z)", re.DOTALL)
@@ -1069,7 +1075,7 @@ def length_of_piece(text: str, number: int, is_paused: bool, is_whole: bool) -> 
         text: What is written and has not been requested, MAX_CHARACTERS of it at most.
         number: How many pieces of the text have been requested.
         is_paused: Whether no more is to be expected soon.
-        is_whole: Whether the text ends with what is written.
+        is_whole: Whether the text has been written to its end.
     """
     text = CONTROL.sub(mask, text)
     found = SPEAKABLE.search(text)
@@ -1092,11 +1098,13 @@ def length_of_piece(text: str, number: int, is_paused: bool, is_whole: bool) -> 
 
 def length_of_part(text: str, number: int, start: int, limit: int) -> int:
     """Return how much of a sentence to request that is too long, or still being written."""
+    if number == 1:
+        limit = start + SECOND_PIECE_CHARACTERS
     clauses = matches(CLAUSE_END, text, start, limit)
     if len(text) > limit or len(text) == MAX_CHARACTERS:  # Waiting for more would not help.
         parts = clauses or matches(WORD_END, text, start, limit)
         return parts[-1].end() if parts else len(text)
-    if clauses and number < 2 and clauses[-1].end() >= CLAUSE_CHARACTERS[number]:
+    if number == 0 and clauses and clauses[-1].end() >= FIRST_CLAUSE_CHARACTERS:
         return clauses[-1].end()
     return 0
 

@@ -86,16 +86,18 @@ def test_example(example: str) -> None:
         "I use Yahoo! in the morning.| Then",
         "Take no. 5 on the left.| Then",  # a digit
         "Wait! 3 are left.| Then",
-        "So. .. what is it?| Then",  # a full stop
+        "It was so. ..| What is it?| Then",  # a full stop
         "Ask Prof. Miller.| Then",  # a capital with up to three more letters
         "Ask Capt. Miller.| Then",
         "Il Dott. Rossi arriva.| Poi",
         "Ask J. R. Miller.| Then",
         "**Dr. Smith** is here.| Then",
+        "_Dr. Smith_ is here.| Then",
         "Yes. That is right.| Then",  # which looks the same
+        "Right.| That is it.| Then",
         "Sure!| That is right.| Then",  # an abbreviation has no exclamation mark
         "Press 1. Then wait.| Then",  # a number of up to two digits, as a list has
-        "The code is 4711.| Then wait.| Then",
+        "Room 101.| Then wait.| Then",
         "He left in 2023.| It was",
     ],
 )
@@ -134,14 +136,23 @@ def test_later_sentences() -> None:
 
 @pytest.mark.parametrize("mark", [",", ";", ":", " –", " —", "،", ',"'])
 def test_clause(mark: str) -> None:
-    """The first two pieces may end after a clause that is long enough; a sentence goes first."""
-    for number, least in enumerate((40, 150)):
-        clause = "word " * 40
-        check(clause[: least - len(mark)] + mark + "| and", number)
-        check(clause[: least - len(mark) - 1] + mark + " and", number)
-        check(clause[: least - len(mark)] + mark + " so.| And", number)
-        check(clause[: least - len(mark)] + mark + "and", number)  # as in 10:30
+    """The first piece may end after a clause that is long enough; a sentence goes first."""
+    clause = "word " * 8
+    check(clause[: -len(mark)] + mark + "| and")
+    check(clause[: -len(mark) - 1] + mark + " and")
+    check(clause[: -len(mark)] + mark + " so.| And")
+    check(clause[: -len(mark)] + mark + "and")  # as in 10:30
+    check("word " * 30 + mark + " and", number=1)
     check("word " * 50 + mark + " and", number=2)
+
+
+def test_second_piece() -> None:
+    """What the second piece has of a sentence is so short that it is written in time."""
+    check("word " * 35, number=1)
+    check("word " * 35 + "|word", number=1)
+    check("word " * 20 + "so,| " + "word " * 16, number=1)
+    check("word " * 34 + "so.| And", number=1)
+    check("word " * 50, number=2)
 
 
 @pytest.mark.parametrize("mark", "、，；：")
@@ -216,8 +227,9 @@ def test_nothing_to_cut_at() -> None:
 
 
 def test_waits_for_no_full_stop() -> None:
-    """A sentence that never ends is said before it has been written."""
+    """A sentence that never ends is said before it has been written, wherever it begins."""
     check("word " * 60 + "|" + "word " * 2, number=LATER)
+    check(" " * 1900 + "word " * 20 + "|", number=LATER)
 
 
 # Inline controls
@@ -244,7 +256,7 @@ def test_control_that_is_not_closed(number: int) -> None:
     opened = "\\{" + "so. Be it, then\n" * 100
     check(f"{opened}", number)
     check(f"{opened}", number, is_paused=True)
-    check(f"Ask {opened}"[:300], number, is_paused=True)
+    check(f"Ask {opened}"[:170], number, is_paused=True)
     check(f"Good morning to you.| {opened}", number)
 
 

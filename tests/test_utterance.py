@@ -308,6 +308,20 @@ async def test_pause(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(writer.tasks) == 1
 
 
+async def test_pause_with_empty_parts(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer who sends nothing but empty parts pauses: models' clients do so meanwhile."""
+    monkeypatch.setattr(twilio_aura, "PAUSE_SECONDS", 0.01)
+    writer = Writer()
+    hearing = asyncio.create_task(hear(Utterance(writer.text(), voice.request)))
+    writer.write("Let me check that for you.")
+    async with asyncio.timeout(20):
+        while not voice.pieces:
+            writer.write("", None)
+            await asyncio.sleep(0)
+    writer.end()
+    assert await hearing == noise("Let me check that for you.")
+
+
 async def test_after_a_pause(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pause in the middle of a sentence makes no end of what is written after it."""
     paused = asyncio.Event()
