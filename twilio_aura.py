@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 
 import requests
 from dotenv import load_dotenv
-from urllib3.util import create_urllib3_context  # of requests' own urllib3
+from urllib3.util.ssl_ import create_urllib3_context  # of the urllib3 that requests needs
 from websockets import ConnectionClosed, Headers, Request, Response, ServerConnection
 from websockets.asyncio.server import Server as ListeningServer
 from websockets.asyncio.server import serve

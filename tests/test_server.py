@@ -1,4 +1,4 @@
-"""Who is let in, what is asked over plain HTTP, and what is said of code that blocks."""
+"""Who is let in, plain HTTP, code that blocks, and the greeting that is fetched at the start."""
 
 import asyncio
 import faulthandler
@@ -21,7 +21,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 import twilio_aura
-from tests.standins.deepgram import GREETING, KEY, Deepgram, noise
+from tests.standins.deepgram import GREETING, KEY, Answer, Deepgram, noise
 from tests.standins.ngrok import Ngrok, tunnel
 from tests.standins.process import Server, reserved_ports
 from tests.standins.telephone import HANDSHAKE, dial, sign
@@ -367,3 +367,50 @@ async def test_what_blocks(deepgram: Deepgram) -> None:
     assert max(map(float, seconds)) >= 2
     # Where nothing is to be logged, the tests do not see what only shows that the machine is slow.
     assert server.complaints() == []
+
+
+# The greeting
+
+
+async def test_greeting_is_fetched_at_the_start(deepgram: Deepgram) -> None:
+    """The greeting is fetched before anybody calls, so that the first caller has it at once."""
+    greeting = "Fetched at the start."
+    async with Server({"DEEPGRAM_URL": deepgram.url, "GREETING": greeting}) as server:
+        await server.logged("INFO the greeting is ready")
+        async with dial(server.url) as phone:
+            await phone.hears(noise(greeting))
+    assert len(deepgram.asked(greeting)) == 1
+
+
+async def test_slow_greeting(deepgram: Deepgram) -> None:
+    """A greeting that takes its time delays nobody who hears something else."""
+    go = asyncio.Event()
+    greeting = deepgram.answer("A slow greeting.", Answer(gate=go))
+    settings = {"DEEPGRAM_URL": deepgram.url, "GREETING": greeting}
+    async with Server(settings) as server:
+        async with dial(server.url, parameters={"text": "Meanwhile."}) as phone:
+            await phone.hears(noise("Meanwhile."))
+        assert not server.lines("the greeting is ready")
+        go.set()
+        await server.logged("INFO the greeting is ready")
+
+
+async def test_greeting_that_fails_for_now() -> None:
+    """With Deepgram out of reach the server warns and serves, and the next caller tries again."""
+    async with Deepgram() as away:
+        pass
+    async with Server({"DEEPGRAM_URL": away.url}) as server:
+        await server.logged("WARNING could not prefetch the greeting")
+        async with dial(server.url) as phone:
+            assert await phone.until_closed() == 1011
+        async with Deepgram(port=away.port), dial(server.url) as phone:
+            await phone.hears(noise(GREETING))
+
+
+async def test_connection_is_kept_warm() -> None:
+    """While nothing is requested, the server has a connection to Deepgram that was used lately."""
+    async with Deepgram() as deepgram:
+        async with Server({"DEEPGRAM_URL": deepgram.url}, MAX_IDLE_SECONDS=0.4) as server:
+            await deepgram.until(lambda: len(deepgram.heads) >= 3)
+            assert not server.lines(" ERROR ")
+        assert len({head.connection for head in deepgram.heads}) == len(deepgram.heads)
