@@ -67,13 +67,14 @@ async def script(call: Call) -> None:
 
 START_SECONDS = 10.0  # for Twilio's `start`, which usually comes at once
 # How long a text may bring no audio. The call is then closed, so that the TwiML goes on and a
-# caller is in silence for 10 s at most. The time-outs and retries for Deepgram fit into it.
+# caller is in silence for 10 s at most. Either three tries to connect to Deepgram fit into it, or
+# the retries after a 429; this limit cuts off what is left.
 MAX_SILENCE_SECONDS = 9.0
 MARK_GRACE_SECONDS = 3.0  # for a mark to return once playback should have ended
 CLOSE_SECONDS = 2.0  # for the closing handshake, and for what a script or a text does at its end
 TWILIO_SECONDS = 5.0  # for Twilio's REST API to accept a connection and to answer
 STOP_SECONDS = 1.0  # for the `stop` of a caller who has hung up, which may be why Twilio rejects it
-MAX_UNREAD_DIGITS = 100  # since some scripts take none
+MAX_UNREAD_DIGITS = 100  # Some scripts take none, and a caller may press keys for hours.
 MULAW = {"encoding": "audio/x-mulaw", "sampleRate": 8000}
 # The messages to Twilio have exactly these keys: others cause warning 31951. They are not made by
 # json.dumps, since it would search all the audio for something to escape.
@@ -112,8 +113,8 @@ class Call:
         self._playback = Playback()
         self._turn = asyncio.Lock()  # of the one `say` that may speak
         self._is_speaking = False
-        self._is_interruptible = False  # the text that is being spoken
-        self._interruption: asyncio.Timeout  # A key interrupts the text by making it expire.
+        self._is_interruptible = False  # Whether a key stops the text that is being spoken,
+        self._interruption: asyncio.Timeout  # by making this time-out expire.
         self._is_draining = False
         self._stop_reason = "hung up"  # what it means when Twilio ends the stream
         self._ended: asyncio.Future[tuple[int, str]] = asyncio.Future()  # close code, reason
@@ -219,7 +220,9 @@ class Call:
         self._stop_reason = "hung up"
         if re.search('"code": ?21220', body):  # The call is not in progress any more.
             self.end(1000, self._stop_reason)
-        await asyncio.sleep(STOP_SECONDS)  # If the caller has hung up, `stop` comes meanwhile.
+        # The caller may have hung up: then `stop` arrives meanwhile, and this is no error. After
+        # `end`, or a `stop`, `serve` cancels the script here.
+        await asyncio.sleep(STOP_SECONDS)
         await self._raise_if_ended()
         advice = TWILIO_ADVICE.get(status, "check TWILIO_API_URL")
         return f"{status} {excerpt(body)}; {advice}"
@@ -234,15 +237,19 @@ class Call:
         """Raise CancelledError if the call has ended.
 
         `serve` has cancelled the script then. A script that has caught this is cancelled again by
-        whatever it calls. It may do so in a loop, which would block the event loop without a sleep.
+        whatever it calls. It might catch that in a loop, which would block the event loop but for
+        the sleep.
         """
         if self._ended.done():
             await asyncio.sleep(0.1)
             raise asyncio.CancelledError
 
     async def _until_news(self) -> None:
-        """Wait for the next message, a drain or the end of the call."""
-        self._news.clear()  # Nothing was awaited since the caller looked, so none is missed.
+        """Wait for the next message, a drain or the end of the call.
+
+        None is missed if this is called right after something was found not to be so.
+        """
+        self._news.clear()
         await self._news.wait()
 
     async def _until(self, condition: Callable[[], object]) -> None:
@@ -261,7 +268,8 @@ class Call:
             reason += "; the peer did not acknowledge the close"
         receiver.cancel()
         sender.cancel()
-        await asyncio.wait([receiver, sender], timeout=CLOSE_SECONDS)
+        # A text that the script speaks may take CLOSE_SECONDS, too.
+        await asyncio.wait([receiver, sender], timeout=1.5 * CLOSE_SECONDS)
         if not sender.done():
             log.warning("%s: its script goes on: it has to let asyncio.CancelledError pass", self)
         level = logging.INFO if self._stream_sid else logging.DEBUG
@@ -281,7 +289,8 @@ class Call:
     async def _close(self, code: int, reason: str) -> bool:
         """Close the websocket; return whether the peer acknowledged that within CLOSE_SECONDS."""
         # websockets aborts the transport of a connection that is closing already, and so do we. If
-        # that transport has just closed itself, with its last data, asyncio's abort() raises.
+        # that transport has just closed itself, with its last data, asyncio's abort() raises. Then
+        # the connection is closed, so that it counts as acknowledged.
         with suppress(AttributeError):
             try:
                 async with timeout(CLOSE_SECONDS):
@@ -298,13 +307,14 @@ class Call:
         try:
             while True:
                 message = await self._ws.recv(decode=False)
-                # The caller's audio comes 50 times a second, so it is not even parsed.
+                # The caller's audio comes 50 times a second, so it is not even parsed. Before
+                # `start` it is, since a <Parameter> may be called payload.
                 is_audio = b'"payload"' in message
                 if not (is_audio and self._stream_sid):
                     self._on_message(message)
         except ConnectionClosed as closed:
             if closed.sent and not closed.rcvd_then_sent:
-                # websockets has closed it, since a ping was not answered or a message is too large.
+                # websockets closed first, since a ping was not answered or a message is too large.
                 self.end(closed.sent.code, f"connection failed: {closed}")
             elif closed.rcvd and closed.rcvd.code == 1001:
                 self.end(1000, "the proxy closed it (1001)")
@@ -382,7 +392,7 @@ class Call:
             await self._after_script(returned)
 
     async def _after_script(self, returned: object) -> None:
-        """End the call now or, if it is to stay open, when it drains."""
+        """End the call now or, if it is to stay open, when the caller hangs up or it drains."""
         if returned is not None:
             kind = type(returned).__name__
             log.warning("%s: the script returned a %s: `await call.say(text)` says it", self, kind)
@@ -392,7 +402,10 @@ class Call:
         self.end(1000, "completed")
 
     async def _speak(self, utterance: Utterance) -> bool:
-        """Return whether the caller heard all of it; raise what failed, once the rest was heard."""
+        """Return whether the caller heard all of it; raise what failed, once the rest was heard.
+
+        The time-out never expires by itself: `_interrupt` makes it expire.
+        """
         failure: Exception | None = None
         try:
             async with timeout(None) as self._interruption:
@@ -402,9 +415,9 @@ class Call:
                     failure = error
                     utterance.stop()
                 await self._until_heard()
-        except TimeoutError:  # `_interrupt` has made it expire.
+        except TimeoutError:
             await self._clear()
-            if isinstance(utterance.failure, Exception):
+            if isinstance(utterance.failure, Exception):  # It will not be raised any more.
                 log.error("%s: the text failed", self, exc_info=utterance.failure)
             return False
         except asyncio.CancelledError:  # The script has a time-out around `say`, or the call ended.
@@ -452,8 +465,8 @@ class Call:
 
 
 MAX_BUFFERED_SECONDS = 3.0  # of audio at Twilio. More would delay a `clear` on a slow link.
-# Each pause is a tenth of what is buffered, so that a long text leaves room for the first sounds of
-# other calls.
+# Each pause is a tenth of what is buffered: a text slows down as it gets ahead, which leaves time
+# for the first sounds of other calls.
 PAUSE_SHARE = 0.1
 
 
@@ -570,7 +583,8 @@ async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     process would wait for them at its exit.
     """
     result = Future[Any]()
-    result.set_running_or_notify_cancel()  # Else a time-out cancels it, and set_result raises.
+    # A future that runs cannot be cancelled by a time-out, after which set_result would raise.
+    result.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
@@ -753,7 +767,7 @@ class Utterance:
                 return False
             else:
                 is_paused = await self._pauses()
-        self._request_next()
+        self._request_next()  # so that the second piece is there when the first has been spoken
         return True
 
     async def _pauses(self) -> bool:
@@ -770,6 +784,7 @@ class Utterance:
         if len(self._speeches) == 2 or self._position == len(self._text):
             return False
         text = self._text[self._position : self._position + MAX_CHARACTERS]
+        # Of a text that has failed the whole sentences are said, as in a pause, but not the rest.
         is_broken_off = self.failure is not None
         is_whole = self._is_written and not is_broken_off
         length = length_of_piece(text, self._requests, is_paused or is_broken_off, is_whole)
@@ -808,7 +823,7 @@ class TextToSpeech:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._url = settings.deepgram_url.rstrip("/")
+        self._url = settings.deepgram_url
         self._query = f"{FORMAT}&{settings.deepgram_options}".rstrip("&")
         self._context = client_tls_context()
         self._session = self._new_session()
@@ -837,7 +852,8 @@ class TextToSpeech:
     async def _fetch(self, speech: Speech, piece: Piece) -> None:
         """Fetch `speech` when there is a slot, if somebody still waits for it then.
 
-        It is fetched to its end, even if its listeners leave: it is billed, and will be cached.
+        Once begun it is fetched to its end, even if its listeners leave: it is billed anyway, and
+        is cached.
         """
         try:
             async with self._slots:
@@ -846,7 +862,7 @@ class TextToSpeech:
                         await in_thread(self._download, speech, piece)
         except SpeechFailed as failure:
             speech.failure = failure
-        except TimeoutError:  # The thread stops when the next byte comes.
+        except TimeoutError:  # The thread sees that it is over when the next bytes come.
             speech.failure = SpeechFailed("Deepgram is too slow", DEFAULT_ADVICE)
         except Exception as error:  # such as: can't start new thread
             speech.failure = SpeechFailed("Deepgram could not be asked", repr(error))
@@ -873,7 +889,8 @@ class TextToSpeech:
         try:
             with self._post_patiently(speech, piece) as response:
                 check_audio(response)
-                # iter_content waits for so many bytes, but yields a chunk as soon as it has come.
+                # iter_content waits for so many bytes, unless the body is chunked: then it yields
+                # each chunk as it comes.
                 read_bytes = READ_BYTES
                 if "Transfer-Encoding" in response.headers:
                     read_bytes = MAX_CHUNK_BYTES
@@ -906,7 +923,7 @@ class TextToSpeech:
             pause_seconds = min(2 * pause_seconds, MAX_PAUSE_SECONDS)
 
     def _post_reconnecting(self, piece: Piece) -> requests.Response:
-        """Return Deepgram's answer; if a connection breaks before it, try two others at once."""
+        """Return Deepgram's answer; if the connection breaks before it, try twice more."""
         for _ in range(2):
             with suppress(requests.ConnectionError):
                 return self._post(piece)
@@ -938,7 +955,7 @@ class TextToSpeech:
         while True:
             await asyncio.sleep(MAX_IDLE_SECONDS / 2)
             session = self._new_session()
-            with suppress(Exception):  # The next request will say what is wrong.
+            with suppress(Exception):  # If something is wrong, the next request says so.
                 await in_thread(session.head, self._url, timeout=1, allow_redirects=False)
             self._session.close()  # What is being fetched goes on.
             self._session = session
@@ -1045,8 +1062,8 @@ MAX_PIECE_CHARACTERS = 300  # since a long text takes Deepgram longer
 FIRST_PIECE_CHARACTERS = 20  # at least, so that "Hi." takes the next sentence along
 # While a text is being written, the first piece may end after a clause from so many characters on.
 FIRST_CLAUSE_CHARACTERS = 40
-# A part of a sentence that follows it has at most so many, which are written before the first piece
-# has been spoken, at 15 tokens a second or more.
+# What is left of that sentence is cut after so many characters: a model that writes 15 tokens a
+# second has written them before the first piece has been spoken.
 SECOND_PIECE_CHARACTERS = 175
 PAUSE_SECONDS = 0.5  # If a text pauses for so long, what is complete is said.
 # Deepgram's inline controls, such as \{pause:500ms\}. One that is not closed yet goes on.
@@ -1068,8 +1085,8 @@ SPEAKABLE = re.compile(r"[^\W_]")  # a letter or a digit
 def length_of_piece(text: str, number: int, is_paused: bool, is_whole: bool) -> int:
     """Return how many characters of `text` to request next, or 0 to wait for more of it.
 
-    They are the first sentence, if nothing has been requested; the rest, if it fits; or as many
-    sentences as fit. A sentence that is too long, or still being written, is cut after a clause.
+    If nothing has been requested, they are the first sentence. Otherwise they are all of the text,
+    if it fits, or as many sentences as fit. Where there is no whole sentence, see length_of_part.
 
     Args:
         text: What is written and has not been requested, MAX_CHARACTERS of it at most.
@@ -1083,8 +1100,8 @@ def length_of_piece(text: str, number: int, is_paused: bool, is_whole: bool) -> 
         return len(text) if is_whole or len(text) == MAX_CHARACTERS else 0
     start = found.end()
     limit = start + MAX_PIECE_CHARACTERS
-    marks = matches(SENTENCE_END, text, start, limit)
-    sentences = [mark.end() for mark in marks if ends_sentence(mark, is_paused)]
+    found_ends = matches(SENTENCE_END, text, start, limit)
+    sentences = [found.end() for found in found_ends if ends_sentence(found, is_paused)]
     if number == 0 and not is_paused:
         sentences = [end for end in sentences if end >= FIRST_PIECE_CHARACTERS]
     if number == 0 and sentences:
@@ -1302,7 +1319,9 @@ class Server:
             task.cancel()
         self._limit_exit()
         listening.close(close_connections=False)
-        await asyncio.sleep(0)  # close() has made a task. After its first step no call gets in.
+        # close() leaves it to a task, with whose first step it takes effect: no call gets in after
+        # this.
+        await asyncio.sleep(0)
         if self._calls:
             await self._drain()
         return status
@@ -1318,7 +1337,7 @@ class Server:
                 ssl=tls_context(settings),
                 process_request=self._process_request,
                 origins=[None],  # Twilio sends none; a browser's page has no business here.
-                compression=None,
+                compression=None,  # Twilio offers none; it would cost each call memory.
                 max_size=MAX_MESSAGE_BYTES,
                 open_timeout=HANDSHAKE_SECONDS,
                 backlog=BACKLOG,
@@ -1375,7 +1394,8 @@ class Server:
     def _limit_exit(self) -> None:
         """Have the process end some seconds after DRAIN_SECONDS, whatever a script does.
 
-        faulthandler has one timer: name_what_blocks has to have been cancelled, or to be blocked.
+        faulthandler has one timer, which each beat of name_what_blocks sets anew. So `run` calls
+        this once it has cancelled that; `_on_signal` does so for when the event loop is blocked.
         """
         seconds = self._settings.drain_seconds + EXIT_SECONDS
         faulthandler.dump_traceback_later(seconds, exit=True)
@@ -1409,7 +1429,7 @@ class Server:
         if request.path != PATH:
             if "Upgrade" in request.headers:
                 path = excerpt(request.path)
-                log.warning("rejected a handshake: the path is %s, not %s", PATH, path)
+                log.warning("rejected a handshake: the path must be %s, not %s", PATH, path)
             return ws.respond(404, "Not found.\n")
         token = self._settings.twilio_auth_token
         if token and not is_signed(request.headers, token, self._public_url):
@@ -1460,8 +1480,8 @@ def stream_url(address: str) -> str:
 
 
 BEAT_SECONDS = 0.1
-BLOCKED_SECONDS = 1.0  # Then the log says so, afterwards;
-DUMP_SECONDS = 5  # and after these, while it lasts, where.
+BLOCKED_SECONDS = 1.0  # from which on a warning comes afterwards
+DUMP_SECONDS = 5  # from which on a traceback comes while it lasts
 
 
 async def name_what_blocks() -> None:

@@ -83,7 +83,7 @@ async def test_other_paths(server: Server, path: str) -> None:
     """Any path but /twilio, a usual mistake, is a 404 before the upgrade, and is named."""
     since = len(server.log)
     assert await rejected(server.url.replace("/twilio", path)) == 404
-    await server.until(lambda: f"the path is /twilio, not '{path}'\n" in server.log[since:])
+    await server.until(lambda: f"the path must be /twilio, not '{path}'\n" in server.log[since:])
 
 
 async def test_max_calls(deepgram: Deepgram) -> None:
