@@ -21,6 +21,7 @@ import dataclasses
 import errno
 import faulthandler
 import functools
+import gc
 import hmac
 import http.cookiejar
 import inspect
@@ -112,6 +113,7 @@ class Call:
         self._returned_mark = ""
         self._playback = Playback()
         self._turn = asyncio.Lock()  # of the one `say` that may speak
+        self._has_spoken = False
         self._is_speaking = False
         self._is_interruptible = False  # Whether a key stops the text that is being spoken,
         self._interruption: asyncio.Timeout  # by making this time-out expire.
@@ -141,7 +143,10 @@ class Call:
             kind = type(text).__name__
             raise TypeError(f"a text is a str or an async iterable of str, not {kind}")
         async with self._turn:
-            await self._go_on()
+            if self._has_spoken:
+                await self._go_on()
+            await self._raise_if_ended()
+            self._has_spoken = True  # A call that was let in before a drain hears its first text.
             utterance = self._tts.speak(text, self.model)
             self._is_speaking = True
             self._is_interruptible = interruptible
@@ -1309,6 +1314,7 @@ class Server:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._on_signal)
         listening = await self._listen()
+        gc.freeze()  # Else the first calls wait while all that was imported is searched.
         background = [
             asyncio.create_task(self._prefetch_greeting()),
             asyncio.create_task(self._tts.keep_warm()),

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import InvalidMessage, InvalidStatus
 
 import twilio_aura
 from tests.standins.deepgram import GREETING, Deepgram, noise, said
@@ -272,6 +272,5 @@ async def test_limits_of_a_handshake(deepgram: Deepgram) -> None:
             async with dial(server.url) as phone:
                 await phone.until_heard(noise(GREETING))
             for headers in ({f"X-{n}": "x" for n in range(64)}, {"X": "x" * 2048}):
-                with pytest.raises(InvalidStatus) as caught:
+                with pytest.raises((InvalidStatus, InvalidMessage)):  # websockets 15 just closes
                     await dial(server.url, headers=headers).__aenter__()
-                assert caught.value.response.status_code == 431

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from tests.benchmark.processes import Process
-from tests.standins.telephone import HANDSHAKE, MULAW, frame
+from tests.standins.telephone import BYTES_PER_SECOND, HANDSHAKE, MULAW, frame
 
+NEW_TEXT = "New text {}."
 GREETING = ""  # the text of a call that is to hear the greeting, which has been said before
 SID = "MZ" * 17
 CONNECTED = frame({"event": "connected", "protocol": "Call", "version": "1.0.0"})
@@ -27,28 +30,48 @@ CLOSE = b"\x88\x82\0\0\0\0\x03\xe8"  # 1000
 numbers = itertools.count(1)
 
 
-def start(text: str) -> bytes:
+def start(text: str, **parameters: str) -> bytes:
     """Return Twilio's `start` for a call on which `text` is to be said."""
-    fields = {"streamSid": SID, "mediaFormat": MULAW, "customParameters": {"text": text}}
+    parameters["text"] = text
+    fields = {"streamSid": SID, "mediaFormat": MULAW, "customParameters": parameters}
     return frame({"event": "start", "sequenceNumber": "1", "start": fields})
 
 
 class Caller:
-    """A caller, who heard the first sound at `sound_at`."""
+    """A caller.
+
+    Attributes:
+        sound_at: When the first sound of the latest text came; infinite if the call was lost.
+        gap_seconds: The longest silence within that text.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writer = writer
         self._reader = reader
-        self.sound_at = 0.0
+        self.sound_at = math.inf
+        self.gap_seconds = 0.0
 
-    async def hear(self, text: str) -> None:
-        """Return when all of `text` has come; tell the server that it has been played."""
-        self.writer.write(start(text))
-        await self._reader.readuntil(b'"media"')
-        self.sound_at = time.perf_counter()
-        await self._reader.readuntil(b'"mark": {"name": "')
-        name = (await self._reader.readuntil(b'"'))[:-1].decode()
-        self.writer.write(frame({"event": "mark", "mark": {"name": name}}))
+    async def hear(self, request: bytes) -> None:
+        """Send `request`; when all of a text has come, tell the server that it has been played."""
+        self.writer.write(request)
+        self.sound_at = math.inf
+        self.gap_seconds = 0.0
+        with suppress(asyncio.IncompleteReadError):
+            while b'"mark"' not in (message := await self._reader.readuntil(b'"}}')):
+                now = time.perf_counter()
+                if math.isinf(self.sound_at):
+                    self.sound_at = plays_until = now
+                self.gap_seconds = max(self.gap_seconds, now - plays_until)
+                size = len(message.rpartition(b'"payload": "')[2]) * 3 / 4  # of its base64
+                plays_until = max(plays_until, now) + size / BYTES_PER_SECOND
+            name = message[:-3].rpartition(b'"')[2].decode()
+            self.writer.write(frame({"event": "mark", "mark": {"name": name}}))
+
+    async def wait_ms(self, request: bytes) -> float:
+        """Return how long a text that `request` asks for takes to its first sound."""
+        began = time.perf_counter()
+        await self.hear(request)
+        return (self.sound_at - began) * 1000
 
     async def talk(self) -> None:
         """Send the caller's voice, 50 messages a second, until the connection is closed."""
@@ -83,7 +106,7 @@ async def greeted(url: str, number: int) -> list[Caller]:
 
     async def one() -> Caller:
         caller = await call(url)
-        await caller.hear(GREETING)
+        await caller.hear(start(GREETING))
         return caller
 
     return await asyncio.gather(*(one() for _ in range(number)))
@@ -102,10 +125,10 @@ async def wait_ms(
         due = began + number * seconds / callers
         if seconds:
             await asyncio.sleep(due - time.perf_counter())
-        await caller.hear(texts[number % len(texts)])
+        await caller.hear(start(texts[number % len(texts)]))
         return (caller.sound_at - due) * 1000
 
-    texts = [f"New text {next(numbers)}." for _ in range(new_texts)] or [GREETING]
+    texts = [NEW_TEXT.format(next(numbers)) for _ in range(new_texts)] or [GREETING]
     calls = await asyncio.gather(*(call(process.url) for _ in range(callers)))
     began = time.perf_counter()
     waits = await asyncio.gather(*(one(caller, number) for number, caller in enumerate(calls)))

@@ -16,48 +16,62 @@ import requests
 
 from tests.benchmark.callers import GREETING, KEY_PRESS, VOICE, call, greeted, start, wait_ms
 from tests.benchmark.processes import Process, deepgram, medians, servers
-from tests.benchmark.report import DEEPGRAM_MS, Row, Rows
+from tests.benchmark.report import FIRST_BYTE_MS, Rows
 from tests.benchmark.simplest import HEADERS, SPEAK
 from tests.standins.telephone import HANDSHAKE
 
 # asyncio reads into 256 KiB. Whether glibc maps and unmaps them for each message depends on what a
 # process has freed before, and adds a third to the processor time of any program.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**22)}
+FEW = {"DEEPGRAM_CONCURRENCY": "15", "CACHE_MB": "1"}
 MESSAGES = 10_000
 TALKERS = 1000
+INBOUND = "processor time of an inbound message, µs"
+IDLE = "memory of the idle server, MB"
+TALKING = "memory of a call, of 1000 that talk, KB"
 session = requests.Session()
 session.trust_env = False  # no proxy
 
 
-async def waits(stand_in: Process) -> Rows:
-    """Return the longest waits, with the simplest way and with ours."""
-    new = partial(wait_ms, 1, 1, 0)
-    new_100 = partial(wait_ms, 100, 100, 1)
-    old = partial(wait_ms, 1, 0, 0)
-    old_100 = partial(wait_ms, 100, 0, 1)
-    with servers(stand_in, "simplest", "ours") as both, servers(stand_in, "simplest") as another:
-        ours = {"ours": both["ours"]}
-        # A hundred wait so long for the simplest way that one round is enough.
-        slow = await asyncio.gather(new_100(both["simplest"]), old_100(another["simplest"]))
-        return {
-            "1 caller, new text": await medians(5, new, both),
-            "100 callers, new texts": await medians(5, new_100, ours, simplest=slow[0]),
-            "1 caller, text said before": await medians(5, old, both),
-            "100 callers, text said before": await medians(5, old_100, ours, simplest=slow[1]),
-        }
+async def waits(stand_in: Process, programs: Sequence[str], quiet_seconds: float = 0.0) -> Rows:
+    """Return the longest waits, each after so many quiet seconds."""
+    one = {
+        "1 caller, new text": partial(wait_ms, 1, 1, 0),
+        "1 caller, text said before": partial(wait_ms, 1, 0, 0),
+    }
+    hundred = {
+        "100 callers, new texts": partial(wait_ms, 100, 100, 1),
+        "100 callers, text said before": partial(wait_ms, 100, 0, 1),
+    }
+    with servers(stand_in, *programs, scripted=quiet_seconds > 0) as processes:
+        rows = await medians(3, one, processes, quiet_seconds)
+        simplest = processes.pop("simplest", None)
+        rows |= await medians(3, hundred, processes, quiet_seconds)
+        if simplest:
+            # A hundred wait so long for it that one round is enough, of both at the same time.
+            with servers(stand_in, "simplest") as another:
+                both = zip(hundred.values(), (simplest, another["simplest"]), strict=True)
+                slow = await asyncio.gather(*(measure(process) for measure, process in both))
+            for what, ms in zip(hundred, slow, strict=True):
+                rows[what] = {"simplest": ms, **rows[what]}
+    return rows
 
 
-async def costs(stand_in: Process, programs: Sequence[str]) -> tuple[Row, Row, Row]:
-    """Return the µs of an inbound message, the idle server's MB, and the KB of a call."""
-    with servers(stand_in, *programs, **MALLOC) as processes:
-        inbound = await medians(5, inbound_us, processes)
+async def costs(stand_in: Process, programs: Sequence[str]) -> Rows:
+    """Return what a message and a call cost, and the idle server."""
+    with servers(stand_in, *programs, settings=MALLOC) as processes:
+        rows = await medians(5, {INBOUND: inbound_us}, processes)
+    if "baseline" in programs:
+        us = rows[INBOUND]
+        rows["the same, in the baseline's"] = {name: us[name] / us["baseline"] for name in us}
     kilobytes: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(3):  # each with servers that have just started
+    for _ in range(min(len(programs), 3)):  # each with servers that have just started
         with servers(stand_in, *programs) as processes:
-            idle = {name: process.memory_kb() / 1024 for name, process in processes.items()}
+            rows[IDLE] = {name: process.memory_kb() / 1024 for name, process in processes.items()}
             for name, process in processes.items():
                 kilobytes[name].append(await call_kb(process))
-    return inbound, idle, {name: statistics.median(kb) for name, kb in kilobytes.items()}
+    rows[TALKING] = {name: statistics.median(kb) for name, kb in kilobytes.items()}
+    return rows
 
 
 async def inbound_us(process: Process) -> float:
@@ -88,7 +102,7 @@ async def call_kb(process: Process) -> float:
         caller = await call(process.url)
         callers.append(caller)
         talking.append(asyncio.create_task(caller.talk()))
-        await caller.hear(GREETING)
+        await caller.hear(start(GREETING))
 
     before = process.memory_kb()
     async with asyncio.TaskGroup() as calls:
@@ -104,22 +118,23 @@ async def call_kb(process: Process) -> float:
 
 
 async def parts(stand_in: Process, modules: Sequence[str]) -> Rows:
-    """Return the developers' figures of these modules, beside the baseline's where there is one."""
-    rows = {}
+    """Return the developers' figures of these modules on loopback, and the baseline's."""
+    near = await waits(stand_in, modules)
+    rows = {f"{what}, ms": row for what, row in near.items()}
     with servers(stand_in, "baseline", *modules) as processes:
         ours = {name: processes[name] for name in modules}
-        row = await medians(9, beyond_ms, {"baseline": stand_in, **ours})
-        rows["new text, 1 caller, beyond Deepgram's first byte, ms"] = row
-        row = await medians(9, partial(wait_ms, 100, 0, 0, rank=98), processes)
-        rows["text said before, 100 at once, 99th percentile, ms"] = row
-        row = await medians(7, arrival_ms, processes)
-        rows["text said before, 500 at once, from the first connection on, ms"] = row
+        what = "new text, 1 caller, beyond Deepgram's first byte, ms"
+        rows |= await medians(5, {what: beyond_ms}, {"baseline": stand_in, **ours})
+        what = "text said before, 100 at once, 99th percentile, ms"
+        rows |= await medians(9, {what: partial(wait_ms, 100, 0, 0, rank=98)}, processes)
+        what = "text said before, 500 at once, from the first connection on, ms"
+        rows |= await medians(5, {what: arrival_ms}, processes)
         for callers, texts in ((100, 1), (100, 100), (200, 200), (500, 500)):
-            row = await medians(3, partial(wait_ms, callers, texts, 0), ours)
-            rows[f"new texts: {texts}, callers at once: {callers}, ms"] = row
+            what = f"new texts: {texts}, callers at once: {callers}, ms"
+            rows |= await medians(3, {what: partial(wait_ms, callers, texts, 0)}, ours)
     with deepgram(clip_seconds=60) as slow, servers(slow, *modules) as processes:
-        row = await medians(3, clear_ms, processes)
-        rows["key press 4 s into a minute's text, on 256 kbit/s, until the clear, ms"] = row
+        what = "key press 4 s into a minute's text, on 256 kbit/s, until the clear, ms"
+        rows |= await medians(3, {what: clear_ms}, processes)
     with deepgram(clip_seconds=0.5) as quick:
         left = await left_by_hang_ups(quick)
         for what, figure in zip(("threads", "files", "KB of memory"), left, strict=True):
@@ -130,7 +145,7 @@ async def parts(stand_in: Process, modules: Sequence[str]) -> Rows:
 async def beyond_ms(process: Process) -> float:
     """Return a wait for a new text, without Deepgram's; if that is `process`, of `requests`."""
     if process.url.startswith("ws:"):
-        return await wait_ms(1, 1, 0, process) - DEEPGRAM_MS
+        return await wait_ms(1, 1, 0, process) - FIRST_BYTE_MS
     text = {"text": "New text."}
     began = time.perf_counter()
     response = session.post(process.url + SPEAK, json=text, headers=HEADERS, stream=True)
@@ -139,7 +154,7 @@ async def beyond_ms(process: Process) -> float:
     ms = (time.perf_counter() - began) * 1000
     for _ in chunks:
         pass  # else the connection could not be used again
-    return ms - DEEPGRAM_MS
+    return ms - FIRST_BYTE_MS
 
 
 async def arrival_ms(process: Process) -> float:
@@ -188,7 +203,7 @@ async def left_by_hang_ups(stand_in: Process) -> list[float]:
         return [process.num_threads(), process.num_fds(), process.memory_kb()]
 
     room = asyncio.Semaphore(100)
-    with servers(stand_in, "ours", DEEPGRAM_CONCURRENCY="15", CACHE_MB="1") as processes:
+    with servers(stand_in, "ours", settings=FEW) as processes:
         process = processes["ours"]
         await asyncio.gather(*(hang_up_sometime(number) for number in range(300)))
         before = await at_rest()

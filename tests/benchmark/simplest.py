@@ -31,23 +31,29 @@ async def simplest(ws: ServerConnection) -> None:
             clip = requests.post(  # noqa: ASYNC210 (that is the point)
                 os.environ["DEEPGRAM_URL"] + SPEAK, headers=HEADERS, json={"text": text}, timeout=10
             ).content
-            await say(ws, fields["start"]["streamSid"], clip)
+            await ws.send(media(fields["start"]["streamSid"], clip))
+            await ws.send(mark(fields["start"]["streamSid"]))
 
 
 async def baseline(ws: ServerConnection) -> None:
     """Answer a call with what is ready, then discard what comes."""
     await ws.recv()  # connected
     await ws.recv()  # start
-    await say(ws, "MZ", bytes(3200))
+    await ws.send(media("MZ", bytes(3200)))
+    await ws.send(mark("MZ"))
     async for _ in ws:
         pass
 
 
-async def say(ws: ServerConnection, sid: str, audio: bytes) -> None:
-    """Send `audio` and a mark."""
+def media(sid: str, audio: bytes) -> str:
+    """Return the message that has `audio` played."""
     payload = base64.b64encode(audio).decode()
-    await ws.send(json.dumps({"event": "media", "streamSid": sid, "media": {"payload": payload}}))
-    await ws.send(json.dumps({"event": "mark", "streamSid": sid, "mark": {"name": "1"}}))
+    return json.dumps({"event": "media", "streamSid": sid, "media": {"payload": payload}})
+
+
+def mark(sid: str) -> str:
+    """Return the message that asks for an answer when all has been played."""
+    return json.dumps({"event": "mark", "streamSid": sid, "mark": {"name": "1"}})
 
 
 async def main() -> None:
