@@ -268,7 +268,7 @@ async def http(server: Server, method: str, path: str) -> requests.Response:
 
 
 async def test_plain_http(deepgram: Deepgram) -> None:
-    """GET /healthz tells the number of calls, what else is no handshake is rejected, unlogged."""
+    """GET /healthz tells the number of calls, what else is no handshake is rejected."""
     async with Server({"DEEPGRAM_URL": deepgram.url}) as server:
         await server.logged("the greeting is ready")
         since = len(server.log)
@@ -279,8 +279,9 @@ async def test_plain_http(deepgram: Deepgram) -> None:
             assert (await http(server, "GET", "/healthz")).text == "2 calls\n"
         for path in ("/", "/healthz/x", "/robots.txt"):
             assert (await http(server, "GET", path)).status_code == 404
-        assert (await http(server, "GET", "/twilio")).status_code == 426
         assert server.complaints(since) == []
+        # websockets 15 and 16 log this, after they have answered.
+        assert (await http(server, "GET", "/twilio")).status_code == 426
 
 
 SPOILED_BY_A_PROXY = HANDSHAKE.replace(b"Connection: Upgrade\r\n", b"")
