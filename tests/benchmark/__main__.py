@@ -3,7 +3,8 @@
 The servers run on one core; the callers and a stand-in for Deepgram on another. It is 80 ms away,
 speaks TLS, takes 200 ms to its first byte and then streams ten times as fast as one speaks. Before
 each round there is a quiet minute (shortened, as are the limits for idle connections), after which
-it has closed what was open. The figures are medians of rounds in which the programs take turns.
+it has closed what was open. The figures are medians of rounds in which the programs take turns. If
+anything else runs on the machine, `sudo chrt -f 1` before the command keeps it out (on Linux).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--svg", type=Path, help="where to draw the chart")
     parser.add_argument(
-        "--all", action="store_true", help="what developers ask for, too, some if aiohttp is there"
+        "--all", action="store_true", help="what developers ask for, too; one row needs aiohttp"
     )
     parser.add_argument("--module", type=Path, help="all of it for another twilio_aura.py, too")
     given = parser.parse_args()

@@ -56,7 +56,7 @@ class Caller:
         self.writer.write(request)
         self.sound_at = math.inf
         self.gap_seconds = 0.0
-        with suppress(asyncio.IncompleteReadError):
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
             while b'"mark"' not in (message := await self._reader.readuntil(b'"}}')):
                 now = time.perf_counter()
                 if math.isinf(self.sound_at):
@@ -87,7 +87,8 @@ class Caller:
     async def hang_up(self) -> None:
         """End the call, and return when the server has closed the connection."""
         self.writer.write(STOP + CLOSE)
-        await self._reader.read()
+        with suppress(ConnectionError):
+            await self._reader.read()
         self.writer.close()
 
 

@@ -54,7 +54,7 @@ async def network(modules: Sequence[str]) -> Rows:
         servers(near, *programs, scripted=True) as processes,
     ):
         burst = {"15 new texts at once, TLS, nothing open, ms": partial(wait_ms, 15, 15, 0)}
-        rows |= await medians(3, burst, processes, QUIET_SECONDS)
+        rows |= await medians(5, burst, processes, QUIET_SECONDS)
     rows |= await lengths("0.4 ms a character", STREAM, modules)
     rows |= await lengths("the whole clip at once, 150 characters a second", WHOLE, modules)
     with deepgram(3) as stand_in, servers(stand_in, *modules, scripted=True) as processes:

@@ -19,9 +19,9 @@ TOKEN_SECONDS = 0.05
 
 async def written(text: str) -> AsyncGenerator[str]:
     """Yield `text` as a language model writes it, 20 tokens a second."""
-    for word in re.findall(r"\s*\w+|\S", text):
+    for token in re.findall(r"\s*\w+|\S", text):
         await asyncio.sleep(TOKEN_SECONDS)
-        yield word
+        yield token
 
 
 async def texts(call: Any) -> AsyncGenerator[Any]:
