@@ -74,6 +74,11 @@ MAX_SILENCE_SECONDS = 9.0
 MARK_GRACE_SECONDS = 3.0  # for a mark to return once playback should have ended
 CLOSE_SECONDS = 2.0  # for the closing handshake, and for what a script or a text does at its end
 TWILIO_SECONDS = 5.0  # for Twilio's REST API to accept a connection and to answer
+TWILIO_ADVICE = {  # by HTTP status
+    400: "check the TwiML",
+    401: "check TWILIO_AUTH_TOKEN",
+    404: "check TWILIO_API_URL: regions other than the US have others",
+}
 STOP_SECONDS = 1.0  # for the `stop` of a caller who has hung up, which may be why Twilio rejects it
 MAX_UNREAD_DIGITS = 100  # Some scripts take none, and a caller may press keys for hours.
 MULAW = {"encoding": "audio/x-mulaw", "sampleRate": 8000}
@@ -120,7 +125,7 @@ class Call:
         self._is_draining = False
         self._stop_reason = "hung up"  # what it means when Twilio ends the stream
         self._ended: asyncio.Future[tuple[int, str]] = asyncio.Future()  # close code, reason
-        self._news = asyncio.Event()  # set by a message, by a drain and by the end of the call
+        self._news = News()  # set by a message, by a drain and by the end of the call
 
     def __str__(self) -> str:
         return f"call {self.sid or 'without a SID'}"
@@ -182,7 +187,7 @@ class Call:
         try:
             async with timeout(seconds):
                 while not self._digits:  # Another task of the script may have taken what came.
-                    await self._until_news()
+                    await self._news.next()
                     await self._go_on()
         except TimeoutError:
             return ""
@@ -229,8 +234,7 @@ class Call:
         # `end`, or a `stop`, `serve` cancels the script here.
         await asyncio.sleep(STOP_SECONDS)
         await self._raise_if_ended()
-        advice = TWILIO_ADVICE.get(status, "check TWILIO_API_URL")
-        return f"{status} {excerpt(body)}; {advice}"
+        return f"{status} {excerpt(body)}; {TWILIO_ADVICE.get(status, 'check TWILIO_API_URL')}"
 
     async def _go_on(self) -> None:
         """End the call if it drains and nothing is being said; raise CancelledError if it ended."""
@@ -249,18 +253,10 @@ class Call:
             await asyncio.sleep(0.1)
             raise asyncio.CancelledError
 
-    async def _until_news(self) -> None:
-        """Wait for the next message, a drain or the end of the call.
-
-        None is missed if this is called right after something was found not to be so.
-        """
-        self._news.clear()
-        await self._news.wait()
-
     async def _until(self, condition: Callable[[], object]) -> None:
         """Wait until `condition` is true."""
         while not condition():
-            await self._until_news()
+            await self._news.next()
 
     # What the server calls.
 
@@ -411,25 +407,21 @@ class Call:
 
         The time-out never expires by itself: `_interrupt` makes it expire.
         """
-        failure: Exception | None = None
         try:
             async with timeout(None) as self._interruption:
-                try:
-                    await self._stream(utterance)
-                except Exception as error:
-                    failure = error
-                    utterance.stop()
+                await self._stream(utterance)
                 await self._until_heard()
         except TimeoutError:
             await self._clear()
-            if isinstance(utterance.failure, Exception):  # It will not be raised any more.
-                log.error("%s: the text failed", self, exc_info=utterance.failure)
+            failure = utterance.failure
+            if isinstance(failure, Exception) and not isinstance(failure, SpeechFailed):
+                log.error("%s: the text failed", self, exc_info=failure)  # since it is not raised
             return False
         except asyncio.CancelledError:  # The script has a time-out around `say`, or the call ended.
             await self._clear()
             raise
-        if failure:
-            raise failure
+        if utterance.failure:
+            raise utterance.failure
         return True
 
     async def _stream(self, utterance: Utterance) -> None:
@@ -444,9 +436,7 @@ class Call:
                     self._playback.add(audio)
                     silence.reschedule(self._playback.ends_at + MAX_SILENCE_SECONDS)
         except TimeoutError:
-            if not silence.expired():
-                raise  # The text itself has raised it.
-            raise SpeechFailed(f"no audio for {MAX_SILENCE_SECONDS:.0f} s") from None
+            utterance.fail(SpeechFailed(f"no audio for {MAX_SILENCE_SECONDS:.0f} s"))
 
     async def _until_heard(self) -> None:
         """Wait for a mark, which Twilio returns when all before it has been played."""
@@ -529,11 +519,6 @@ class Playback:
         )
 
 
-TWILIO_ADVICE = {  # by HTTP status
-    400: "check the TwiML",
-    401: "check TWILIO_AUTH_TOKEN",
-    404: "check TWILIO_API_URL: regions other than the US have others",
-}
 MAX_FOREIGN_BYTES = 2000  # of an answer that says what is wrong
 
 
@@ -579,6 +564,15 @@ UNFIT_FOR_A_SID = re.compile("[^A-Za-z0-9_-]")
 def clean_sid(sid: object) -> str:
     """Return `sid` with nothing in it but what is fit for a URL, a message and the log."""
     return UNFIT_FOR_A_SID.sub("", str(sid or ""))[:64]
+
+
+class News(asyncio.Event):
+    """Tells whoever waits that something has changed."""
+
+    async def next(self) -> None:
+        """Wait until it is set from now on: none is missed right after a look at what changes."""
+        self.clear()
+        await self.wait()
 
 
 async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -630,11 +624,13 @@ class Speech:
 
     Attributes:
         listeners: How many utterances speak it, or are going to.
+        failure: Why there is no more audio, if that is so.
         is_over: Whether no more audio comes, be it for a failure.
         is_whole: Whether Deepgram has said where the audio ends, and all has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
         self.audio = bytearray()
         self.listeners = 0
         self.failure: SpeechFailed | None = None
@@ -642,38 +638,32 @@ class Speech:
         self.is_whole = False
         self.fetching: asyncio.Task[None]  # kept here, since asyncio holds tasks only weakly
         self._loop = asyncio.get_running_loop()
-        self._changed = asyncio.Event()
+        self._news = News()
 
     def add(self, audio: bytes) -> None:
         """Append `audio`, in a thread; raise SpeechFailed if that is to stop."""
         if self.is_over or len(self.audio) > MAX_SPEECH_BYTES:
             raise SpeechFailed("Deepgram does not come to an end")
         self.audio += audio
-        self._loop.call_soon_threadsafe(self._changed.set)
+        self._loop.call_soon_threadsafe(self._news.set)
 
     def end(self) -> None:
         """Tell who listens that no more audio comes."""
         self.is_over = True
-        self._changed.set()
+        self._news.set()
 
     async def read(self, position: int) -> bytes:
         """Return audio from `position` on, in whole frames but for its end; b"" after that.
 
-        At most 0.4 s are returned. If nothing has come yet, wait. Raise SpeechFailed after the last
-        of what has come.
+        At most 0.4 s are returned. If nothing has come yet, wait.
         """
         while True:
             size = min(MAX_CHUNK_BYTES, len(self.audio) - position)
             if not self.is_over:
                 size -= size % FRAME_BYTES
-            if size:
+            if size or self.is_over:
                 return bytes(self.audio[position : position + size])
-            if self.failure:
-                raise self.failure
-            if self.is_over:
-                return b""
-            self._changed.clear()  # The thread appends first and sets it then, so none is missed.
-            await self._changed.wait()
+            await self._news.next()
 
 
 class Utterance:
@@ -682,7 +672,7 @@ class Utterance:
     Two at most are under way: the one that is being spoken and the one after it.
 
     Attributes:
-        failure: What the text has raised, if anything.
+        failure: What Deepgram or the text has failed with, if one has; whichever came first.
     """
 
     def __init__(self, text: Text, request: Callable[[str], Speech]) -> None:
@@ -693,8 +683,8 @@ class Utterance:
         self._text = ""
         self._position = 0  # in `_text`: what is before it has been requested
         self._requests = 0  # so far
-        self._is_written = False  # to its end, or up to a failure
-        self._changed = asyncio.Event()  # set when something was written, or requested
+        self._is_written = False  # to its end
+        self._news = News()  # set when something was written, or requested
         self._writer: asyncio.Task[None] | None = None
         if isinstance(text, str):
             self._text = text
@@ -703,20 +693,24 @@ class Utterance:
             self._writer = asyncio.create_task(self._write(aiter(text)))
 
     async def read(self) -> bytes:
-        """Return the next audio, at most 0.4 s; b"" at the end.
-
-        Raise SpeechFailed, or what the text has raised, after the audio of what came before.
-        """
+        """Return the next audio, at most 0.4 s; b"" at the end, or once what is left has failed."""
         while await self._has_speech():
-            audio = await self._speeches[0].read(self._spoken_bytes)
+            speech = self._speeches[0]
+            audio = await speech.read(self._spoken_bytes)
             if audio:
                 self._spoken_bytes += len(audio)
                 return audio
+            if speech.failure:
+                self.fail(speech.failure)
+                break
             self._speeches.popleft().listeners -= 1
             self._spoken_bytes = 0
-        if self.failure:
-            raise self.failure
         return b""
+
+    def fail(self, failure: BaseException) -> None:
+        """Stop for this reason, unless there was another before."""
+        self.failure = self.failure or failure
+        self.stop()
 
     def stop(self) -> None:
         """Want no more speech, and have the text's writer stop."""
@@ -736,11 +730,10 @@ class Utterance:
         """Take the text's parts, in one task: what it holds open may not be closed in another."""
         try:
             await self._take(parts)
-        except BaseException as error:  # SystemExit, too, which would end the server
-            self.failure = error
-        finally:
             self._is_written = True
-            self._changed.set()
+        except BaseException as error:  # SystemExit, too, which would end the server
+            self.failure = self.failure or error
+        self._news.set()
 
     async def _take(self, parts: AsyncIterator[str | None]) -> None:
         """Add the parts to the text, when they can be requested soon; close them at the end."""
@@ -749,17 +742,12 @@ class Utterance:
                 if part:  # Clients of models send empty parts while the model is busy.
                     self._text = self._text[self._position :] + part
                     self._position = 0
-                    self._changed.set()
+                    self._news.set()
                 while len(self._text) - self._position > MAX_CHARACTERS:  # It may be endless.
-                    await self._until_changed()
+                    await self._news.next()
         finally:
             if isinstance(parts, AsyncGenerator):
                 await parts.aclose()
-
-    async def _until_changed(self) -> None:
-        """Wait until something is written or requested."""
-        self._changed.clear()  # Nothing was awaited since the caller looked, so none is missed.
-        await self._changed.wait()
 
     async def _has_speech(self) -> bool:
         """Wait until there is a speech to read; return False at the end of the text."""
@@ -768,7 +756,7 @@ class Utterance:
             if self._request_next(is_paused):
                 if not self._speeches:
                     await asyncio.sleep(0)  # There may be much without anything to say.
-            elif self._is_written:
+            elif self._is_written or self.failure:
                 return False
             else:
                 is_paused = await self._pauses()
@@ -779,7 +767,7 @@ class Utterance:
         """Wait for more of the text; return whether none has come for PAUSE_SECONDS."""
         try:
             async with timeout(PAUSE_SECONDS):
-                await self._until_changed()
+                await self._news.next()
         except TimeoutError:
             return True
         return False
@@ -789,12 +777,11 @@ class Utterance:
         if len(self._speeches) == 2 or self._position == len(self._text):
             return False
         text = self._text[self._position : self._position + MAX_CHARACTERS]
-        # Of a text that has failed the whole sentences are said, as in a pause, but not the rest.
-        is_broken_off = self.failure is not None
-        is_whole = self._is_written and not is_broken_off
-        length = length_of_piece(text, self._requests, is_paused or is_broken_off, is_whole)
+        # Of a text that has failed the whole sentences are said, as in a pause.
+        is_paused = is_paused or self.failure is not None
+        length = length_of_piece(text, self._requests, is_paused, self._is_written)
         self._position += length
-        self._changed.set()
+        self._news.set()
         piece = text[:length].strip()
         if is_speakable(piece):
             self._requests += 1
@@ -849,12 +836,12 @@ class TextToSpeech:
             self._cache.move_to_end(piece)
             return self._cache[piece]
         if piece not in self._in_flight:
-            speech = Speech()
+            speech = Speech(piece)
             self._in_flight[piece] = speech
-            speech.fetching = asyncio.create_task(self._fetch(speech, piece))
+            speech.fetching = asyncio.create_task(self._fetch(speech))
         return self._in_flight[piece]
 
-    async def _fetch(self, speech: Speech, piece: Piece) -> None:
+    async def _fetch(self, speech: Speech) -> None:
         """Fetch `speech` when there is a slot, if somebody still waits for it then.
 
         Once begun it is fetched to its end, even if its listeners leave: it is billed anyway, and
@@ -864,24 +851,24 @@ class TextToSpeech:
             async with self._slots:
                 if speech.listeners:
                     async with timeout(MAX_RESPONSE_SECONDS):
-                        await in_thread(self._download, speech, piece)
+                        await in_thread(self._download, speech)
         except SpeechFailed as failure:
             speech.failure = failure
         except TimeoutError:  # The thread sees that it is over when the next bytes come.
             speech.failure = SpeechFailed("Deepgram is too slow", DEFAULT_ADVICE)
         except Exception as error:  # such as: can't start new thread
             speech.failure = SpeechFailed("Deepgram could not be asked", repr(error))
-        del self._in_flight[piece]
+        del self._in_flight[speech.piece]
         speech.end()
         if speech.failure:
-            voice = excerpt(piece.model)
+            voice = excerpt(speech.piece.model)
             log.error("%s for the voice %s: %s", speech.failure, voice, speech.failure.advice)
         elif speech.is_whole:
-            self._cache_speech(speech, piece)
+            self._cache_speech(speech)
 
-    def _cache_speech(self, speech: Speech, piece: Piece) -> None:
+    def _cache_speech(self, speech: Speech) -> None:
         """Cache `speech` in place of what has not been used for longest."""
-        self._cache[piece] = speech
+        self._cache[speech.piece] = speech
         self._cache_bytes += len(speech.audio)
         while self._cache_bytes > self._settings.cache_mb * 2**20:
             _, evicted = self._cache.popitem(last=False)
@@ -889,10 +876,10 @@ class TextToSpeech:
 
     # In a thread.
 
-    def _download(self, speech: Speech, piece: Piece) -> None:
+    def _download(self, speech: Speech) -> None:
         """Add what Deepgram sends to `speech`; raise SpeechFailed."""
         try:
-            with self._post_patiently(speech, piece) as response:
+            with self._post_patiently(speech) as response:
                 check_audio(response)
                 # iter_content waits for so many bytes, unless the body is chunked: then it yields
                 # each chunk as it comes.
@@ -911,12 +898,12 @@ class TextToSpeech:
         headers = response.headers
         speech.is_whole = "Content-Length" in headers or "Transfer-Encoding" in headers
 
-    def _post_patiently(self, speech: Speech, piece: Piece) -> requests.Response:
+    def _post_patiently(self, speech: Speech) -> requests.Response:
         """Return Deepgram's answer; after 429 and 5xx, retry while there is time and a listener."""
         give_up_at = time.monotonic() + RETRY_SECONDS
         pause_seconds = FIRST_PAUSE_SECONDS
         while True:
-            response = self._post_reconnecting(piece)
+            response = self._post_reconnecting(speech.piece)
             is_busy = response.status_code == 429 or response.status_code >= 500
             left_seconds = give_up_at - time.monotonic()
             if not is_busy or left_seconds < 0 or not speech.listeners:
@@ -1372,15 +1359,15 @@ class Server:
     async def _prefetch_greeting(self) -> None:
         """Fetch the greeting, so that the first caller has it at once; exit if that is hopeless."""
         greeting = self._tts.speak(self._settings.greeting, self._settings.deepgram_model)
-        try:
-            while await greeting.read():
-                pass
-            log.info("the greeting is ready: Deepgram accepts the key and the voice")
-        except SpeechFailed as failure:
-            if failure.permanent:
+        while await greeting.read():
+            pass
+        match greeting.failure:
+            case None:
+                log.info("the greeting is ready: Deepgram accepts the key and the voice")
+            case SpeechFailed(permanent=True):
                 log.critical("Deepgram rejects the greeting, so every call would fail: exiting")
                 self._exit_requests.put_nowait(1)
-            else:
+            case _:
                 log.warning("could not prefetch the greeting: the next call will retry")
 
     # The end.

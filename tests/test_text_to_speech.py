@@ -94,6 +94,7 @@ async def hear(speaker: TextToSpeech | Utterance, text: str = "", model: str = V
     heard = b""
     while audio := await utterance.read():
         heard += audio
+    assert utterance.failure is None
     return heard
 
 
@@ -102,14 +103,11 @@ async def fail(
 ) -> SpeechFailed:
     """Return what `text` fails with; add to `heard` the audio before that."""
     utterance = tts.speak(text, model)
-    try:
-        while audio := await utterance.read():
-            if heard is not None:
-                heard += audio
-    except SpeechFailed as failure:
-        utterance.stop()
-        return failure
-    raise AssertionError(f"{text!r} did not fail")
+    while audio := await utterance.read():
+        if heard is not None:
+            heard += audio
+    assert isinstance(utterance.failure, SpeechFailed)
+    return utterance.failure
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:

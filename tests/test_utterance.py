@@ -14,7 +14,7 @@ import pytest
 import twilio_aura
 from tests.standins import Observable
 from tests.standins.deepgram import noise, said
-from twilio_aura import Speech, SpeechFailed, Utterance
+from twilio_aura import Piece, Speech, SpeechFailed, Utterance
 
 FIRST = "This is the first sentence."
 SECOND = "That was the second one."
@@ -40,7 +40,7 @@ class Voice(Observable):
 
     def request(self, piece: str) -> Speech:
         self.pieces.append(piece)
-        self.speeches[piece] = Speech()
+        self.speeches[piece] = Speech(Piece("", piece))
         if not self._waits:
             self.speak(piece)
         self.changed()
@@ -131,22 +131,21 @@ async def written(*parts: Any) -> AsyncIterator[Any]:
 
 
 async def hear(utterance: Utterance) -> bytes:
-    """Return all the audio of `utterance`."""
+    """Return all the audio of `utterance`, which does not fail."""
     heard = b""
     while audio := await utterance.read():
         heard += audio
+    assert utterance.failure is None
     return heard
 
 
 async def hear_until_failure(utterance: Utterance) -> tuple[bytes, BaseException]:
-    """Return all the audio of `utterance`, and what was raised after it."""
+    """Return all the audio of `utterance`, and what it failed with after it."""
     heard = b""
-    try:
-        while audio := await utterance.read():
-            heard += audio
-    except BaseException as error:
-        return heard, error
-    raise AssertionError("nothing was raised")
+    while audio := await utterance.read():
+        heard += audio
+    assert utterance.failure is not None
+    return heard, utterance.failure
 
 
 async def settle() -> None:
@@ -453,19 +452,18 @@ async def test_text_that_cannot_be_iterated(voice: Voice) -> None:
             return 7
 
     with pytest.raises(TypeError, match="int"):
-        await Utterance(Seeming(), voice.request).read()  # type: ignore[arg-type]
+        Utterance(Seeming(), voice.request)  # type: ignore[arg-type]
 
 
 async def test_piece_that_fails(slow_voice: Voice) -> None:
     """Of a text nothing is heard or requested after the piece that failed."""
     pieces = [f"So {'word ' * 40}{word}." for word in ("alpha", "bravo", "carol")]
     utterance = Utterance(" ".join(pieces), slow_voice.request)
-    hearing = asyncio.create_task(hear(utterance))
+    hearing = asyncio.create_task(hear_until_failure(utterance))
     await slow_voice.until_asked(*pieces[:2])
-    slow_voice.speak(pieces[0], SpeechFailed("it failed"))
-    with pytest.raises(SpeechFailed, match="it failed"):
-        await hearing
-    utterance.stop()
+    failure = SpeechFailed("it failed")
+    slow_voice.speak(pieces[0], failure)
+    assert await hearing == (noise(pieces[0]), failure)
     assert slow_voice.pieces == pieces[:2]
     assert slow_voice.speeches[pieces[1]].listeners == 0
 

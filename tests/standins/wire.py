@@ -196,7 +196,7 @@ class Voice:
 
     def held(self, text: str, audio: bytes = b"") -> Speech:
         """Return the speech of `text`, `audio` so far: the test adds to it, and ends it."""
-        speech = self._speeches[text] = Speech()
+        speech = self._speeches[text] = Speech(Piece("", text))
         speech.audio += audio
         return speech
 
@@ -223,7 +223,7 @@ class Voice:
     def _request(self, model: str, text: str) -> Speech:
         self.pieces.append(Piece(model, text))
         if text not in self._speeches:
-            speech = Speech()
+            speech = Speech(self.pieces[-1])
             speech.audio += noise(text, model)
             speech.end()
             return speech
