@@ -23,7 +23,6 @@ import faulthandler
 import functools
 import gc
 import hmac
-import http.cookiejar
 import inspect
 import json
 import logging
@@ -39,6 +38,7 @@ from base64 import b64encode
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -962,15 +962,13 @@ class TextToSpeech:
 
     def _new_session(self) -> requests.Session:
         session = requests.Session()
-        session.auth = self._authorize  # a header alone would lose to ~/.netrc
-        session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
-        pool_size = self._settings.deepgram_concurrency + 1  # one for keep_warm
+        session.proxies = requests.utils.get_environ_proxies(self._url)
+        session.trust_env = False  # Else ~/.netrc may replace this header:
+        session.headers["Authorization"] = f"Token {self._settings.deepgram_api_key}"
+        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # none are kept
+        pool_size = self._settings.deepgram_concurrency
         session.mount(self._url, DeepgramAdapter(self._context, pool_size))
         return session
-
-    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Token {self._settings.deepgram_api_key}"
-        return request
 
 
 class DeepgramAdapter(requests.adapters.HTTPAdapter):
