@@ -1626,8 +1626,6 @@ def main(script: Script = script) -> int:
     except StartError as error:
         print(error, file=sys.stderr)
         return 2
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

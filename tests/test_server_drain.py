@@ -8,6 +8,7 @@ import atexit
 import json
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -208,7 +209,13 @@ async def has_a_thread(call: twilio_aura.Call) -> None:
     await call.say("Never said.")
 
 
-@pytest.mark.parametrize("script", [catches_everything, has_a_thread])
+async def has_an_executor(call: twilio_aura.Call) -> None:
+    """Wait so in a thread of its own, which Python joins when `main` has returned."""
+    await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(), time.sleep, 1000)
+    await call.say("Never said.")
+
+
+@pytest.mark.parametrize("script", [catches_everything, has_a_thread, has_an_executor])
 async def test_script_that_goes_on(deepgram: Deepgram, script: twilio_aura.Script) -> None:
     """A script that does not end with its call keeps the process for some seconds, and no more."""
     settings = {"DEEPGRAM_URL": deepgram.url, "DRAIN_SECONDS": "0"}
