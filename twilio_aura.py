@@ -67,9 +67,8 @@ async def script(call: Call) -> None:
 # --- A call ---------------------------------------------------------------------------------------
 
 START_SECONDS = 10.0  # for Twilio's `start`, which usually comes at once
-# How long a text may bring no audio. The call is then closed, so that the TwiML goes on and a
-# caller is in silence for 10 s at most. Either three tries to connect to Deepgram fit into it, or
-# the retries after a 429; this limit cuts off what is left.
+# How long a text may bring no audio. Then the call is closed, and the TwiML goes on. Three tries to
+# connect to Deepgram fit into it, or RETRY_SECONDS, but not both.
 MAX_SILENCE_SECONDS = 9.0
 MARK_GRACE_SECONDS = 3.0  # for a mark to return once playback should have ended
 CLOSE_SECONDS = 2.0  # for the closing handshake, and for what a script or a text does at its end
@@ -79,7 +78,8 @@ TWILIO_ADVICE = {  # by HTTP status
     401: "check TWILIO_AUTH_TOKEN",
     404: "check TWILIO_API_URL: regions other than the US have others",
 }
-STOP_SECONDS = 1.0  # for the `stop` of a caller who has hung up, which may be why Twilio rejects it
+# After Twilio has rejected a redirect, for the `stop` of a caller who had just hung up.
+STOP_SECONDS = 1.0
 MAX_UNREAD_DIGITS = 100  # Some scripts take none, and a caller may press keys for hours.
 MULAW = {"encoding": "audio/x-mulaw", "sampleRate": 8000}
 # The messages to Twilio have exactly these keys: others cause warning 31951. They are not made by
@@ -120,8 +120,8 @@ class Call:
         self._turn = asyncio.Lock()  # of the one `say` that may speak
         self._has_spoken = False
         self._is_speaking = False
-        self._is_interruptible = False  # Whether a key stops the text that is being spoken,
-        self._interruption: asyncio.Timeout  # by making this time-out expire.
+        self._is_interruptible = False  # by a key, which makes this time-out expire:
+        self._interruption: asyncio.Timeout
         self._is_draining = False
         self._stop_reason = "hung up"  # what it means when Twilio ends the stream
         self._ended: asyncio.Future[tuple[int, str]] = asyncio.Future()  # close code, reason
@@ -148,10 +148,10 @@ class Call:
             kind = type(text).__name__
             raise TypeError(f"a text is a str or an async iterable of str, not {kind}")
         async with self._turn:
-            if self._has_spoken:
-                await self._go_on()
+            if self._has_spoken:  # A call that was let in before a drain hears its first text.
+                await self._end_if_draining()
             await self._raise_if_ended()
-            self._has_spoken = True  # A call that was let in before a drain hears its first text.
+            self._has_spoken = True
             utterance = self._tts.speak(text, self.model)
             self._is_speaking = True
             self._is_interruptible = interruptible
@@ -160,7 +160,7 @@ class Call:
             finally:
                 self._is_speaking = False
                 self._is_interruptible = False
-                self._news.set()  # for a `digit` in another task, if the call drains
+                self._news.set()  # A `digit` in another task may now end a call that drains.
                 await utterance.close()
 
     async def ask(self, text: Text, count: int = 1, seconds: float = 5) -> str:
@@ -183,12 +183,12 @@ class Call:
 
     async def digit(self, seconds: float | None = None) -> str:
         """Return the next key pressed, or already pressed; "" after so many seconds without one."""
-        await self._go_on()
+        await self._end_if_draining()
         try:
             async with timeout(seconds):
                 while not self._digits:  # Another task of the script may have taken what came.
                     await self._news.next()
-                    await self._go_on()
+                    await self._end_if_draining()
         except TimeoutError:
             return ""
         return self._digits.popleft()
@@ -210,8 +210,8 @@ class Call:
         if problem:
             log.error("%s: Twilio did not redirect it: %s", self, problem)
             self.end(1000, "not redirected")
-        await self._until(self._ended.done)
-        await self._raise_if_ended()
+        await self._until(self._ended.done)  # `serve` cancels the script here.
+        await self._raise_if_ended()  # if the script has caught that before
 
     async def _ask_twilio(self, twiml: str) -> str:
         """Have Twilio go on with `twiml`; return what went wrong, for the log, or ""."""
@@ -230,13 +230,13 @@ class Call:
         self._stop_reason = "hung up"
         if re.search('"code": ?21220', body):  # The call is not in progress any more.
             self.end(1000, self._stop_reason)
-        # The caller may have hung up: then `stop` arrives meanwhile, and this is no error. After
-        # `end`, or a `stop`, `serve` cancels the script here.
+        # If the caller has hung up, Twilio's `stop` comes during this sleep. Then, as after `end`,
+        # `serve` cancels the script here.
         await asyncio.sleep(STOP_SECONDS)
         await self._raise_if_ended()
         return f"{status} {excerpt(body)}; {TWILIO_ADVICE.get(status, 'check TWILIO_API_URL')}"
 
-    async def _go_on(self) -> None:
+    async def _end_if_draining(self) -> None:
         """End the call if it drains and nothing is being said; raise CancelledError if it ended."""
         if self._is_draining and not self._is_speaking:
             self.end(1000, "drained")
@@ -245,9 +245,8 @@ class Call:
     async def _raise_if_ended(self) -> None:
         """Raise CancelledError if the call has ended.
 
-        `serve` has cancelled the script then. A script that has caught this is cancelled again by
-        whatever it calls. It might catch that in a loop, which would block the event loop but for
-        the sleep.
+        `serve` has cancelled the script then. If the script has caught that, each of its calls
+        raises it again. If it catches that in a loop, the sleep keeps it from blocking the others.
         """
         if self._ended.done():
             await asyncio.sleep(0.1)
@@ -269,7 +268,7 @@ class Call:
             reason += "; the peer did not acknowledge the close"
         receiver.cancel()
         sender.cancel()
-        # A text that the script speaks may take CLOSE_SECONDS, too.
+        # The sender may wait for CLOSE_SECONDS, for a text to end, so we wait somewhat longer.
         await asyncio.wait([receiver, sender], timeout=1.5 * CLOSE_SECONDS)
         if not sender.done():
             log.warning("%s: its script goes on: it has to let asyncio.CancelledError pass", self)
@@ -289,9 +288,8 @@ class Call:
 
     async def _close(self, code: int, reason: str) -> bool:
         """Close the websocket; return whether the peer acknowledged that within CLOSE_SECONDS."""
-        # websockets aborts the transport of a connection that is closing already, and so do we. If
-        # that transport has just closed itself, with its last data, asyncio's abort() raises. Then
-        # the connection is closed, so that it counts as acknowledged.
+        # asyncio's transport.abort(), which websockets calls as well, raises AttributeError if the
+        # transport has just closed by itself. Then the connection is closed, as we want it.
         with suppress(AttributeError):
             try:
                 async with timeout(CLOSE_SECONDS):
@@ -308,14 +306,15 @@ class Call:
         try:
             while True:
                 message = await self._ws.recv(decode=False)
-                # The caller's audio comes 50 times a second, so it is not even parsed. Before
-                # `start` it is, since a <Parameter> may be called payload.
+                # The caller's audio comes 50 times a second, so it is not even parsed. But `start`
+                # is, in which a <Parameter> may be called payload.
                 is_audio = b'"payload"' in message
                 if not (is_audio and self._stream_sid):
                     self._on_message(message)
         except ConnectionClosed as closed:
             if closed.sent and not closed.rcvd_then_sent:
                 # websockets closed first, since a ping was not answered or a message is too large.
+                # (If we did, the call has ended before, and this changes nothing.)
                 self.end(closed.sent.code, f"connection failed: {closed}")
             elif closed.rcvd and closed.rcvd.code == 1001:
                 self.end(1000, "the proxy closed it (1001)")
@@ -397,10 +396,9 @@ class Call:
         if returned is not None:
             kind = type(returned).__name__
             log.warning("%s: the script returned a %s: `await call.say(text)` says it", self, kind)
-        if self._is_draining or not self.close_after_speech:
+        if not self.close_after_speech:
             await self._until(lambda: self._is_draining or self._ended.done())
-            self.end(1000, "drained")
-        self.end(1000, "completed")
+        self.end(1000, "drained" if self._is_draining else "completed")
 
     async def _speak(self, utterance: Utterance) -> bool:
         """Return whether the caller heard all of it; raise what failed, once the rest was heard.
@@ -460,8 +458,8 @@ class Call:
 
 
 MAX_BUFFERED_SECONDS = 3.0  # of audio at Twilio. More would delay a `clear` on a slow link.
-# Each pause is a tenth of what is buffered: a text slows down as it gets ahead, which leaves time
-# for the first sounds of other calls.
+# Each pause is a tenth of what is buffered: a text that is well ahead slows down, so that the event
+# loop is free for the first sounds of other calls.
 PAUSE_SHARE = 0.1
 
 
@@ -469,9 +467,10 @@ class Playback:
     """How much audio Twilio was sent on one call, and has played, by our clock.
 
     Attributes:
-        started_at: When the call has started, by time.monotonic(), which is the event loop's time.
+        started_at: When the call has started.
         is_playing: Whether something was sent, and no mark and no `clear` has said that it is over.
-        ends_at: When all that was sent will have been played.
+        ends_at: When all that was sent will have been played, by time.monotonic(), which is the
+            event loop's time.
     """
 
     def __init__(self) -> None:
@@ -489,7 +488,7 @@ class Playback:
         return max(0.0, self.ends_at - time.monotonic())
 
     def pause_seconds(self, audio: bytes) -> float:
-        """Return how long to wait before `audio` is sent; 0.0 before the first sound."""
+        """Return how long to wait before `audio` is sent; 0.0 if nothing is buffered."""
         ahead = self.ahead_seconds()
         too_much = ahead + len(audio) / BYTES_PER_SECOND - MAX_BUFFERED_SECONDS
         return max(ahead * PAUSE_SHARE, too_much)
@@ -551,7 +550,7 @@ def beginning(response: requests.Response) -> str:
 
 
 def excerpt(foreign: object) -> str:
-    """Return what somebody else has written as ASCII, 200 characters at most, for the log."""
+    """Return what somebody else has written for the log: in ASCII, 200 characters at most."""
     text = ascii(foreign)
     if len(text) > 200:  # The end is kept, too, since requests' exceptions have the cause there.
         text = f"{text[:60]} ... {text[-135:]}"
@@ -570,7 +569,7 @@ class News(asyncio.Event):
     """Tells whoever waits that something has changed."""
 
     async def next(self) -> None:
-        """Wait until it is set from now on: none is missed right after a look at what changes."""
+        """Wait for the next set(). Who calls this right after a look at things misses none."""
         self.clear()
         await self.wait()
 
@@ -582,8 +581,7 @@ async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     process would wait for them at its exit.
     """
     result = Future[Any]()
-    # A future that runs cannot be cancelled by a time-out, after which set_result would raise.
-    result.set_running_or_notify_cancel()
+    result.set_running_or_notify_cancel()  # Else a time-out cancels it, and set_result raises.
 
     def run() -> None:
         try:
@@ -599,7 +597,7 @@ async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 BYTES_PER_SECOND = 8000  # of mulaw at 8 kHz
 FRAME_BYTES = 160  # 20 ms; whole frames avoid the jitter that some callers hear
-MAX_CHUNK_BYTES = 20 * FRAME_BYTES  # 0.4 s: on a slow link, too, the first sound is soon through
+MAX_CHUNK_BYTES = 20 * FRAME_BYTES  # 0.4 s, so that a slow link, too, soon has the first sound
 MAX_SPEECH_BYTES = 8_000_000  # of a piece; 300 characters take some 200 KB
 
 
@@ -641,7 +639,7 @@ class Speech:
         self._news = News()
 
     def add(self, audio: bytes) -> None:
-        """Append `audio`, in a thread; raise SpeechFailed if that is to stop."""
+        """Append `audio`, in a thread; raise SpeechFailed if the download is to stop."""
         if self.is_over or len(self.audio) > MAX_SPEECH_BYTES:
             raise SpeechFailed("Deepgram does not come to an end")
         self.audio += audio
@@ -679,7 +677,7 @@ class Utterance:
         self.failure: BaseException | None = None
         self._request = request
         self._speeches = collections.deque[Speech]()
-        self._spoken_bytes = 0  # of the first of these
+        self._spoken_bytes = 0  # of the first speech
         self._text = ""
         self._position = 0  # in `_text`: what is before it has been requested
         self._requests = 0  # so far
@@ -693,8 +691,8 @@ class Utterance:
             self._writer = asyncio.create_task(self._write(aiter(text)))
 
     async def read(self) -> bytes:
-        """Return the next audio, at most 0.4 s; b"" at the end, or once what is left has failed."""
-        while await self._has_speech():
+        """Return the next audio, at most 0.4 s; b"" at the end or at a failure."""
+        while await self._until_speech():
             speech = self._speeches[0]
             audio = await speech.read(self._spoken_bytes)
             if audio:
@@ -708,7 +706,7 @@ class Utterance:
         return b""
 
     def fail(self, failure: BaseException) -> None:
-        """Stop for this reason, unless there was another before."""
+        """Stop; this is the failure, unless there is one already."""
         self.failure = self.failure or failure
         self.stop()
 
@@ -727,35 +725,34 @@ class Utterance:
             await asyncio.wait([self._writer], timeout=CLOSE_SECONDS)
 
     async def _write(self, parts: AsyncIterator[str | None]) -> None:
-        """Take the text's parts, in one task: what it holds open may not be closed in another."""
+        """Take the text's parts, in one task: a time-out in the text must end where it began."""
         try:
             await self._take(parts)
             self._is_written = True
         except BaseException as error:  # SystemExit, too, which would end the server
-            self.failure = self.failure or error
+            self.failure = self.failure or error  # not fail(): what was written is still said
         self._news.set()
 
     async def _take(self, parts: AsyncIterator[str | None]) -> None:
-        """Add the parts to the text, when they can be requested soon; close them at the end."""
+        """Add the parts to the text, MAX_CHARACTERS ahead at most, and close them at the end."""
         try:
             async for part in parts:
                 if part:  # Clients of models send empty parts while the model is busy.
                     self._text = self._text[self._position :] + part
                     self._position = 0
                     self._news.set()
-                while len(self._text) - self._position > MAX_CHARACTERS:  # It may be endless.
+                while len(self._text) - self._position > MAX_CHARACTERS:
                     await self._news.next()
         finally:
             if isinstance(parts, AsyncGenerator):
                 await parts.aclose()
 
-    async def _has_speech(self) -> bool:
-        """Wait until there is a speech to read; return False at the end of the text."""
+    async def _until_speech(self) -> bool:
+        """Wait until there is a speech to read; return False if none will come."""
         is_paused = False
         while not self._speeches:
             if self._request_next(is_paused):
-                if not self._speeches:
-                    await asyncio.sleep(0)  # There may be much without anything to say.
+                await asyncio.sleep(0)  # There may be much without anything to say.
             elif self._is_written or self.failure:
                 return False
             else:
@@ -777,7 +774,7 @@ class Utterance:
         if len(self._speeches) == 2 or self._position == len(self._text):
             return False
         text = self._text[self._position : self._position + MAX_CHARACTERS]
-        # Of a text that has failed the whole sentences are said, as in a pause.
+        # No more comes of a text that has failed, so its whole sentences are said as in a pause.
         is_paused = is_paused or self.failure is not None
         length = length_of_piece(text, self._requests, is_paused, self._is_written)
         self._position += length
@@ -792,7 +789,8 @@ class Utterance:
 
 
 FORMAT = "encoding=mulaw&sample_rate=8000&container=none"  # a WAV header would be a click
-CONNECT_SECONDS = 2.5  # A lost packet is resent after 1 s; three tries fit MAX_SILENCE_SECONDS.
+# More than the 1 s after which a lost packet is resent; three tries fit MAX_SILENCE_SECONDS.
+CONNECT_SECONDS = 2.5
 READ_SECONDS = 5.0  # without a byte; Deepgram's first usually comes after 0.2 to 0.4 s
 READ_BYTES = 5 * FRAME_BYTES  # 0.1 s of audio
 MAX_RESPONSE_SECONDS = 120.0  # Deepgram sends a piece within some seconds
@@ -881,11 +879,10 @@ class TextToSpeech:
         try:
             with self._post_patiently(speech) as response:
                 check_audio(response)
+                is_chunked = "Transfer-Encoding" in response.headers
                 # iter_content waits for so many bytes, unless the body is chunked: then it yields
-                # each chunk as it comes.
-                read_bytes = READ_BYTES
-                if "Transfer-Encoding" in response.headers:
-                    read_bytes = MAX_CHUNK_BYTES
+                # each chunk as it comes, and more bytes at a time only save work.
+                read_bytes = MAX_CHUNK_BYTES if is_chunked else READ_BYTES
                 for audio in response.iter_content(read_bytes):
                     speech.add(audio)
         except requests.RequestException as error:
@@ -894,9 +891,7 @@ class TextToSpeech:
         size = int(response.headers.get("Content-Length", 0))  # urllib3 1.26 does not check it.
         if not speech.audio or len(speech.audio) < size:
             raise SpeechFailed("Deepgram sent no audio, or not all", DEFAULT_ADVICE)
-        # A body without either header may have been cut short: it looks the same.
-        headers = response.headers
-        speech.is_whole = "Content-Length" in headers or "Transfer-Encoding" in headers
+        speech.is_whole = is_chunked or size > 0  # Else nobody knows whether it was cut short.
 
     def _post_patiently(self, speech: Speech) -> requests.Response:
         """Return Deepgram's answer; after 429 and 5xx, retry while there is time and a listener."""
@@ -908,7 +903,7 @@ class TextToSpeech:
             left_seconds = give_up_at - time.monotonic()
             if not is_busy or left_seconds < 0 or not speech.listeners:
                 return response
-            beginning(response)  # The connection is kept if that was all of it.
+            beginning(response)  # If that is all of it, the connection is kept.
             response.close()
             wait_seconds = max(pause_seconds, retry_after_seconds(response))
             time.sleep(min(wait_seconds, left_seconds))
@@ -945,7 +940,7 @@ class TextToSpeech:
         without a word to either side, and a request on it would hang.
         """
         while True:
-            await asyncio.sleep(MAX_IDLE_SECONDS / 2)
+            await asyncio.sleep(MAX_IDLE_SECONDS / 2)  # so that _fresh_session finds it fresh
             session = self._new_session()
             with suppress(Exception):  # If something is wrong, the next request says so.
                 await in_thread(session.head, self._url, timeout=1, allow_redirects=False)
@@ -974,8 +969,9 @@ class TextToSpeech:
 class DeepgramAdapter(requests.adapters.HTTPAdapter):
     """Connects to Deepgram.
 
-    All connections have one TLS context. By itself, requests has each new connection read all root
-    certificates, which takes so much processor time that other calls wait.
+    All connections have one TLS context. By itself, requests names a file with all root
+    certificates to each new connection. Reading it takes so much processor time that other calls
+    wait.
     """
 
     def __init__(self, context: ssl.SSLContext, pool_size: int) -> None:
@@ -983,12 +979,12 @@ class DeepgramAdapter(requests.adapters.HTTPAdapter):
         super().__init__(pool_maxsize=pool_size)
 
     def build_connection_pool_key_attributes(self, request: Any, *_: Any) -> Any:
-        """Return what requests does for `verify=True`, which names no file, and the context."""
+        """Return what requests does, without that file (as for `verify=True`), with our context."""
         host, tls = super().build_connection_pool_key_attributes(request, verify=True)
         return host, {**tls, "ssl_context": self._context}
 
     def cert_verify(self, *_: Any) -> None:
-        """Do nothing: requests would name the file with the certificates to each connection."""
+        """Do nothing, where requests names that file."""
 
     def send(self, *args: Any, **options: Any) -> requests.Response:
         """Return Deepgram's answer, if it is no interim one; raise requests' exceptions."""
@@ -1033,7 +1029,7 @@ def check_audio(response: requests.Response) -> None:
     raise SpeechFailed(
         f"Deepgram answered {status}",
         f"{answer}; {DEEPGRAM_ADVICE.get(status, DEFAULT_ADVICE)}",
-        permanent=400 <= status < 408,
+        permanent=400 <= status < 408,  # 408 and 429 may pass
     )
 
 
@@ -1050,18 +1046,18 @@ def retry_after_seconds(response: requests.Response) -> float:
 MAX_CHARACTERS = 2000  # of a request, says Deepgram
 MAX_PIECE_CHARACTERS = 300  # since a long text takes Deepgram longer
 FIRST_PIECE_CHARACTERS = 20  # at least, so that "Hi." takes the next sentence along
-# While a text is being written, the first piece may end after a clause from so many characters on.
+# The first piece of a text that is being written may end at a clause, if it has so many characters.
 FIRST_CLAUSE_CHARACTERS = 40
-# What is left of that sentence is cut after so many characters: a model that writes 15 tokens a
-# second has written them before the first piece has been spoken.
+# Then the rest of the sentence is cut here, if it is longer. A model that writes 15 tokens a second
+# has written so much before the first piece has been spoken.
 SECOND_PIECE_CHARACTERS = 175
 PAUSE_SECONDS = 0.5  # If a text pauses for so long, what is complete is said.
-# Deepgram's inline controls, such as \{pause:500ms\}. One that is not closed yet goes on.
+# Deepgram's inline controls, such as \{pause:500ms\}. One without an end takes in all that follows.
 CONTROL = re.compile(r"\\\{.*?(?:\\\}|\Z)", re.DOTALL)
 # Quotes, brackets and Markdown that close a sentence belong to it.
 CLOSERS = re.escape("\"'”’»)]」』）*_~`")
-# A full stop or its like at the end of a word; or one that needs no white space after it; or a new
-# line. Not each of them ends a sentence: see ends_sentence.
+# A full stop or its like at the end of a word; a Chinese or Japanese one anywhere; or a new line.
+# Not each of them ends a sentence: see ends_sentence.
 SENTENCE_END = re.compile(rf"[.!?…؟۔।॥][{CLOSERS}]*(?=\s|\Z)|[。！？]+[{CLOSERS}]*|\n")
 # What a full stop may abbreviate: J. a.m. 1. 10. Dr. Capt., so a letter or a digit, two digits, or
 # a capital with one to three letters. "Yes." looks like one, and takes the next sentence along.
@@ -1085,13 +1081,13 @@ def length_of_piece(text: str, number: int, is_paused: bool, is_whole: bool) -> 
         is_whole: Whether the text has been written to its end.
     """
     text = CONTROL.sub(mask, text)
-    found = SPEAKABLE.search(text)
-    if not found:
+    first = SPEAKABLE.search(text)
+    if not first:  # There is nothing to say. It goes with what follows, or is dropped.
         return len(text) if is_whole or len(text) == MAX_CHARACTERS else 0
-    start = found.end()
+    start = first.end()
     limit = start + MAX_PIECE_CHARACTERS
-    found_ends = matches(SENTENCE_END, text, start, limit)
-    sentences = [found.end() for found in found_ends if ends_sentence(found, is_paused)]
+    ends = matches(SENTENCE_END, text, start, limit)
+    sentences = [end.end() for end in ends if ends_sentence(end, is_paused)]
     if number == 0 and not is_paused:
         sentences = [end for end in sentences if end >= FIRST_PIECE_CHARACTERS]
     if number == 0 and sentences:
@@ -1108,7 +1104,7 @@ def length_of_part(text: str, number: int, start: int, limit: int) -> int:
     if number == 1:
         limit = start + SECOND_PIECE_CHARACTERS
     clauses = matches(CLAUSE_END, text, start, limit)
-    if len(text) > limit or len(text) == MAX_CHARACTERS:  # Waiting for more would not help.
+    if len(text) > limit or len(text) == MAX_CHARACTERS:  # More of it would not help.
         parts = clauses or matches(WORD_END, text, start, limit)
         return parts[-1].end() if parts else len(text)
     if number == 0 and clauses and clauses[-1].end() >= FIRST_CLAUSE_CHARACTERS:
@@ -1130,14 +1126,14 @@ def ends_sentence(match: re.Match[str], is_paused: bool) -> bool:
     """Return whether a match of SENTENCE_END ends a sentence, by what is before and after it."""
     text = match.string
     mark = match[0][0]
-    following = text[match.end() :].lstrip()[:1]
     if mark == "\n":
         return True
+    following = text[match.end() :].lstrip()[:1]
     if not following:
-        return is_paused  # Else what follows is awaited, to decide by.
+        return is_paused  # If it is not, the next character decides.
     if mark in "。！？":
         return True
-    goes_on = following.islower() or following.isdigit() or following == "."
+    goes_on = following.islower() or following.isdigit() or following == "."  # . . . or .NET
     is_abbreviation = mark == "." and ABBREVIATION.search(text, 0, match.start())
     return not goes_on and not is_abbreviation
 
@@ -1272,7 +1268,7 @@ def read_dotenv() -> list[str]:
 PATH = "/twilio"
 HEALTH_PATH = "/healthz"
 MAX_MESSAGE_BYTES = 2**16  # Twilio's have less than 1 KiB
-HANDSHAKE_SECONDS = 3.0  # Who connects and says nothing holds a file open for no longer.
+HANDSHAKE_SECONDS = 3.0  # Each connection that says nothing holds a file open for so long.
 BACKLOG = 1024  # With asyncio's 100, some of 150 simultaneous calls wait for 1 s.
 EXIT_SECONDS = 3 * CLOSE_SECONDS  # for what is left when all calls were cut off
 LISTEN_ADVICE = {
@@ -1310,9 +1306,7 @@ class Server:
             task.cancel()
         self._limit_exit()
         listening.close(close_connections=False)
-        # close() leaves it to a task, with whose first step it takes effect: no call gets in after
-        # this.
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # close() starts a task, with whose first step no call gets in.
         if self._calls:
             await self._drain()
         return status
@@ -1347,7 +1341,7 @@ class Server:
         return listening
 
     async def _serve_call(self, ws: ServerConnection) -> None:
-        # Nothing is awaited before the call is registered: MAX_CALLS and a drain miss none.
+        # Nothing is awaited between _process_request and here, so MAX_CALLS and a drain miss none.
         call = Call(ws, self._settings, self._tts)
         task: Any = asyncio.current_task()
         self._calls[task] = call
@@ -1373,9 +1367,9 @@ class Server:
     def _on_signal(self, *_: object) -> None:
         """Ask for the exit: at first when current texts were heard, then at once.
 
-        This handler is Python's, not the event loop's, so it runs while a script blocks that, too.
+        It is called by Python, not by the event loop, so it runs while a script blocks that, too.
         """
-        if not self._is_stopping:
+        if not self._is_stopping:  # Another signal does not put the limit off.
             self._is_stopping = True
             self._limit_exit()
         with suppress(RuntimeError):  # The event loop has just ended.
@@ -1385,28 +1379,28 @@ class Server:
     def _limit_exit(self) -> None:
         """Have the process end some seconds after DRAIN_SECONDS, whatever a script does.
 
-        faulthandler has one timer, which each beat of name_what_blocks sets anew. So `run` calls
-        this once it has cancelled that; `_on_signal` does so for when the event loop is blocked.
+        faulthandler has one timer, which name_what_blocks sets again and again. So `run` calls this
+        when it has cancelled that. `_on_signal` calls it, too, since a blocked event loop never
+        gets to `run`.
         """
         seconds = self._settings.drain_seconds + EXIT_SECONDS
         faulthandler.dump_traceback_later(seconds, exit=True)
 
     async def _drain(self) -> None:
-        """Let each call hear its current text out, but not for longer than DRAIN_SECONDS."""
+        """Let each call hear its current text out, for DRAIN_SECONDS or until another signal."""
         log.info("draining %d call(s); a signal ends them at once", len(self._calls))
         for call in self._calls.values():
             call.drain()
-        cutting_off = asyncio.create_task(self._cut_off())
-        await asyncio.wait(list(self._calls))
-        cutting_off.cancel()
-
-    async def _cut_off(self) -> None:
-        """End all calls after DRAIN_SECONDS, or at another signal."""
-        with suppress(TimeoutError):
-            async with timeout(self._settings.drain_seconds):
-                await self._exit_requests.get()
+        calls = asyncio.create_task(asyncio.wait(list(self._calls)))
+        another_signal = asyncio.create_task(self._exit_requests.get())
+        await asyncio.wait(
+            [calls, another_signal],
+            timeout=self._settings.drain_seconds,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
         for call in self._calls.values():
             call.end(1001, "cut off by shutdown")
+        await calls
 
     # The handshake.
 
@@ -1444,8 +1438,8 @@ def is_signed(headers: Headers, token: str, public_url: str) -> bool:
             "it is not Twilio's, or a proxy does not pass the header on"
         )
         return False
-    host = "".join(headers.get_all("Host")).partition("/")[0]
-    url = stream_url(public_url or host)
+    claimed_host = "".join(headers.get_all("Host")).partition("/")[0]  # without a path
+    url = stream_url(public_url or claimed_host)
     host, _, path = url.removeprefix("wss://").partition("/")
     for port in ("", ":443"):
         for slash in ("", "/"):
@@ -1485,7 +1479,7 @@ async def name_what_blocks() -> None:
         if seconds > BLOCKED_SECONDS:
             log.warning(
                 "the event loop stood still for %.1f s, and every call with it: "
-                "what blocks belongs into asyncio.to_thread, and time.sleep is asyncio.sleep",
+                "move what blocks into asyncio.to_thread, and use asyncio.sleep for time.sleep",
                 seconds,
             )
 
@@ -1541,7 +1535,7 @@ def announce(settings: Settings, port: int, public_url: str) -> None:
 def ngrok_url(port: int) -> str:
     """Return the public https URL that the local ngrok agent publishes `port` at, if any."""
     with suppress(Exception):  # there is no ngrok, or something else answers
-        api = requests.get(NGROK_API, timeout=1, proxies={"http": ""})  # not by a proxy
+        api = requests.get(NGROK_API, timeout=1, proxies={"http": ""})  # whatever HTTP_PROXY says
         for tunnel in api.json()["tunnels"]:
             url = str(tunnel["public_url"])
             is_public = url.startswith("https://") and not url.endswith(".internal")  # ngrok's own
@@ -1570,7 +1564,7 @@ class Throttle(logging.Filter):
             counts = self._counts
             self._counts = collections.Counter()
             for kind, count in counts.items():
-                if count > self.MAX_PER_SECOND:  # This line is filtered, too, as any other.
+                if count > self.MAX_PER_SECOND:  # This line, too, comes here to be filtered.
                     log.warning("%d more lines like this: %s", count - self.MAX_PER_SECOND, kind)
         if record.name == log.name and record.levelno == logging.INFO:
             return True
