@@ -1263,6 +1263,38 @@ def read_dotenv() -> list[str]:
     return sorted(os.environ.keys() - known)
 
 
+# --- Code that blocks -----------------------------------------------------------------------------
+
+BEAT_SECONDS = 0.1
+BLOCKED_SECONDS = 1.0  # from which on a warning comes afterwards
+DUMP_SECONDS = 5  # from which on a traceback comes while it lasts
+EXIT_SECONDS = 3 * CLOSE_SECONDS  # for what is left when all calls were cut off
+
+
+async def name_what_blocks() -> None:
+    """Say for how long code has blocked the event loop and, while it still does, where it is."""
+    while True:
+        faulthandler.dump_traceback_later(DUMP_SECONDS)  # unless the next beat comes before
+        began = time.monotonic()
+        await asyncio.sleep(BEAT_SECONDS)
+        seconds = time.monotonic() - began
+        if seconds > BLOCKED_SECONDS:
+            log.warning(
+                "the event loop stood still for %.1f s, and every call with it: "
+                "move what blocks into asyncio.to_thread, and use asyncio.sleep for time.sleep",
+                seconds,
+            )
+
+
+def limit_exit(drain_seconds: int) -> None:
+    """Have the process end some seconds after `drain_seconds`, whatever a script does.
+
+    faulthandler has one timer, so name_what_blocks has to be cancelled first. Where the event loop
+    is blocked it need not be: it sets the timer no more.
+    """
+    faulthandler.dump_traceback_later(drain_seconds + EXIT_SECONDS, exit=True)
+
+
 # --- The server -----------------------------------------------------------------------------------
 
 PATH = "/twilio"
@@ -1270,7 +1302,6 @@ HEALTH_PATH = "/healthz"
 MAX_MESSAGE_BYTES = 2**16  # Twilio's have less than 1 KiB
 HANDSHAKE_SECONDS = 3.0  # Each connection that says nothing holds a file open for so long.
 BACKLOG = 1024  # With asyncio's 100, some of 150 simultaneous calls wait for 1 s.
-EXIT_SECONDS = 3 * CLOSE_SECONDS  # for what is left when all calls were cut off
 LISTEN_ADVICE = {
     errno.EADDRNOTAVAIL: "set HOST=127.0.0.1, or the address of an interface",
     errno.EADDRINUSE: "set another PORT, for ngrok, too (a Mac's AirPlay Receiver holds 5000)",
@@ -1304,7 +1335,7 @@ class Server:
         status = await self._exit_requests.get()
         for task in background:
             task.cancel()
-        self._limit_exit()
+        limit_exit(self._settings.drain_seconds)
         listening.close(close_connections=False)
         await asyncio.sleep(0)  # close() starts a task, with whose first step no call gets in.
         if self._calls:
@@ -1371,20 +1402,10 @@ class Server:
         """
         if not self._is_stopping:  # Another signal does not put the limit off.
             self._is_stopping = True
-            self._limit_exit()
+            limit_exit(self._settings.drain_seconds)
         with suppress(RuntimeError):  # The event loop has just ended.
             loop = asyncio.get_running_loop()
             loop.call_soon_threadsafe(self._exit_requests.put_nowait, 0)
-
-    def _limit_exit(self) -> None:
-        """Have the process end some seconds after DRAIN_SECONDS, whatever a script does.
-
-        faulthandler has one timer, which name_what_blocks sets again and again. So `run` calls this
-        when it has cancelled that. `_on_signal` calls it, too, since a blocked event loop never
-        gets to `run`.
-        """
-        seconds = self._settings.drain_seconds + EXIT_SECONDS
-        faulthandler.dump_traceback_later(seconds, exit=True)
 
     async def _drain(self) -> None:
         """Let each call hear its current text out, for DRAIN_SECONDS or until another signal."""
@@ -1462,26 +1483,6 @@ def stream_url(address: str) -> str:
     if "/" not in address:
         address += PATH
     return f"wss://{address}"
-
-
-BEAT_SECONDS = 0.1
-BLOCKED_SECONDS = 1.0  # from which on a warning comes afterwards
-DUMP_SECONDS = 5  # from which on a traceback comes while it lasts
-
-
-async def name_what_blocks() -> None:
-    """Say for how long code has blocked the event loop and, while it still does, where it is."""
-    while True:
-        faulthandler.dump_traceback_later(DUMP_SECONDS)  # unless the next beat comes before
-        began = time.monotonic()
-        await asyncio.sleep(BEAT_SECONDS)
-        seconds = time.monotonic() - began
-        if seconds > BLOCKED_SECONDS:
-            log.warning(
-                "the event loop stood still for %.1f s, and every call with it: "
-                "move what blocks into asyncio.to_thread, and use asyncio.sleep for time.sleep",
-                seconds,
-            )
 
 
 # --- The start ------------------------------------------------------------------------------------
