@@ -9,7 +9,7 @@ It prints the TwiML to paste into a TwiML Bin. Twilio then opens a websocket for
 bidirectional Media Stream. A pair of tasks serves it: the receiver takes the stream SID, key
 presses and marks; the sender runs `script`, and streams Deepgram's 8 kHz mulaw as it arrives.
 
-To change what callers hear, edit `script`, nothing else, or pass one of your own to `main`.
+To change what callers hear, pass a script of your own to `main`, as the README shows.
 """
 
 from __future__ import annotations
@@ -1525,7 +1525,7 @@ def announce(settings: Settings, port: int, public_url: str) -> None:
     print(TWIML.format(url=stream_url(public_url or "YOUR-HOST")), flush=True)
     if not public_url:
         print(
-            f"\nReplace YOUR-HOST: the ngrok agent here has no public https URL for port {port}.\n"
+            f"\nReplace YOUR-HOST: no ngrok agent here has a public https URL for port {port}.\n"
             f"Or run `ngrok http {port}` first, or set PUBLIC_URL, and restart.",
             flush=True,
         )

@@ -46,7 +46,8 @@ try:
     from tests.standins.telephone import BYTES_PER_SECOND, Telephone, dial, sign
     from tests.standins.twilio import TOKEN, TwilioApi
 except ImportError as error:
-    print(f"{error}: pip install -r tests/demo-requirements.txt", file=sys.stderr)
+    how = "pip install -r tests/demo-requirements.txt && python -m tests.demo"
+    print(f"{error}. Run this in the directory of twilio_aura.py: {how}", file=sys.stderr)
     sys.exit(2)
 
 OWN_SETTINGS = {"HOST": "127.0.0.1", "PORT": "0", "TWILIO_AUTH_TOKEN": TOKEN}
@@ -665,7 +666,7 @@ def print_result(caller: Caller, options: argparse.Namespace) -> None:
     elif caller.is_all_heard:
         print(f"\nThe caller heard all {seconds:.1f} s: listen to {options.out}.")
     else:
-        heard = f"{seconds:.1f} s, all but what was cut off"
+        heard = f"{seconds:.1f} s, but not all that was to be said"
         print(f"\nThe caller heard {heard}: listen to {options.out}.")
 
 

@@ -381,7 +381,7 @@ async def test_keys_during_speech(user: User, deepgram: Deepgram) -> None:
         heard("And 6."),
         f"{RETURNED}; not pressed: 7",
     ]
-    assert lines[-1].endswith("all but what was cut off: listen to call.wav.")
+    assert lines[-1].endswith("but not all that was to be said: listen to call.wav.")
 
 
 async def times_out(call: Call) -> None:
@@ -584,7 +584,7 @@ async def test_failure_that_the_script_catches(user: User, deepgram: Deepgram) -
     status, output, errors = await user.tries(catches_the_failure)
     assert 'caller does not hear: "fails"' in output
     assert heard("Sorry.") in output
-    assert "all but what was cut off" in output
+    assert "but not all that was to be said" in output
     assert status == 1
     assert " ERROR Deepgram answered 400 " in errors
     assert errors.endswith("It is no success: the server's log has a warning or an error, above.\n")

@@ -65,7 +65,7 @@ def test_host_that_is_not_known(
     printed = capsys.readouterr().out
     assert '<Stream url="wss://YOUR-HOST/twilio"/>' in printed
     assert printed.endswith(
-        "\nReplace YOUR-HOST: the ngrok agent here has no public https URL for port 5000.\n"
+        "\nReplace YOUR-HOST: no ngrok agent here has a public https URL for port 5000.\n"
         "Or run `ngrok http 5000` first, or set PUBLIC_URL, and restart.\n"
     )
     assert caplog.messages == []

@@ -95,7 +95,10 @@ async def test_missing_package(tmp_path: Path, package: str) -> None:
     (tmp_path / f"{package}.py").write_text(f"raise ImportError('No module named {package}')")
     status, _, errors = await demo(tmp_path)
     assert status == 2
-    assert errors == f"No module named {package}: pip install -r tests/demo-requirements.txt\n"
+    assert errors == (
+        f"No module named {package}. Run this in the directory of twilio_aura.py: "
+        "pip install -r tests/demo-requirements.txt && python -m tests.demo\n"
+    )
 
 
 async def test_needs_few_packages(tmp_path: Path) -> None:
