@@ -68,7 +68,7 @@ async def script(call: Call) -> None:
 
 START_SECONDS = 10.0  # for Twilio's `start`, which usually comes at once
 # How long a text may bring no audio. Then the call is closed, and the TwiML goes on. Three tries to
-# connect to Deepgram fit into it, or RETRY_SECONDS, but not both.
+# connect to Deepgram (7.5 s) fit into it, or the retries after a 429 (8 s), but not both.
 MAX_SILENCE_SECONDS = 9.0
 MARK_GRACE_SECONDS = 3.0  # for a mark to return once playback should have ended
 CLOSE_SECONDS = 2.0  # for the closing handshake, and for what a script or a text does at its end
@@ -78,10 +78,10 @@ TWILIO_ADVICE = {  # by HTTP status
     401: "check TWILIO_AUTH_TOKEN",
     404: "check TWILIO_API_URL: regions other than the US have others",
 }
-# After Twilio has rejected a redirect, for the `stop` of a caller who had just hung up.
-STOP_SECONDS = 1.0
+STOP_SECONDS = 1.0  # after a rejected redirect, for the `stop` of a caller who has just hung up
 MAX_UNREAD_DIGITS = 100  # Some scripts take none, and a caller may press keys for hours.
 MULAW = {"encoding": "audio/x-mulaw", "sampleRate": 8000}
+BYTES_PER_SECOND = 8000  # of that
 # The messages to Twilio have exactly these keys: others cause warning 31951. They are not made by
 # json.dumps, since it would search all the audio for something to escape.
 MEDIA = '{"event": "media", "streamSid": "%s", "media": {"payload": "%s"}}'
@@ -120,8 +120,8 @@ class Call:
         self._turn = asyncio.Lock()  # of the one `say` that may speak
         self._has_spoken = False
         self._is_speaking = False
-        self._is_interruptible = False  # by a key, which makes this time-out expire:
-        self._interruption: asyncio.Timeout
+        self._is_interruptible = False  # by a key
+        self._interruption: asyncio.Timeout  # around a text; `_interrupt` makes it expire
         self._is_draining = False
         self._stop_reason = "hung up"  # what it means when Twilio ends the stream
         self._ended: asyncio.Future[tuple[int, str]] = asyncio.Future()  # close code, reason
@@ -152,7 +152,7 @@ class Call:
                 await self._end_if_draining()
             await self._raise_if_ended()
             self._has_spoken = True
-            utterance = self._tts.speak(text, self.model)
+            utterance = self._tts.utterance(text, self.model)
             self._is_speaking = True
             self._is_interruptible = interruptible
             try:
@@ -210,8 +210,9 @@ class Call:
         if problem:
             log.error("%s: Twilio did not redirect it: %s", self, problem)
             self.end(1000, "not redirected")
-        await self._until(self._ended.done)  # `serve` cancels the script here.
-        await self._raise_if_ended()  # if the script has caught that before
+        # Here the script is cancelled, by `serve` or by the second line.
+        await self._until(self._ended.done)
+        await self._raise_if_ended()
 
     async def _ask_twilio(self, twiml: str) -> str:
         """Have Twilio go on with `twiml`; return what went wrong, for the log, or ""."""
@@ -230,9 +231,8 @@ class Call:
         self._stop_reason = "hung up"
         if re.search('"code": ?21220', body):  # The call is not in progress any more.
             self.end(1000, self._stop_reason)
-        # If the caller has hung up, Twilio's `stop` comes during this sleep. Then, as after `end`,
-        # `serve` cancels the script here.
-        await asyncio.sleep(STOP_SECONDS)
+        else:
+            await asyncio.sleep(STOP_SECONDS)
         await self._raise_if_ended()
         return f"{status} {excerpt(body)}; {TWILIO_ADVICE.get(status, 'check TWILIO_API_URL')}"
 
@@ -243,10 +243,9 @@ class Call:
         await self._raise_if_ended()
 
     async def _raise_if_ended(self) -> None:
-        """Raise CancelledError if the call has ended.
+        """Raise CancelledError if the call has ended: a script may have caught the one of `serve`.
 
-        `serve` has cancelled the script then. If the script has caught that, each of its calls
-        raises it again. If it catches that in a loop, the sleep keeps it from blocking the others.
+        The sleep is for a script that catches it in a loop, which would block the event loop.
         """
         if self._ended.done():
             await asyncio.sleep(0.1)
@@ -288,7 +287,7 @@ class Call:
 
     async def _close(self, code: int, reason: str) -> bool:
         """Close the websocket; return whether the peer acknowledged that within CLOSE_SECONDS."""
-        # asyncio's transport.abort(), which websockets calls as well, raises AttributeError if the
+        # transport.abort(), whether we call it or websockets does, raises AttributeError if the
         # transport has just closed by itself. Then the connection is closed, as we want it.
         with suppress(AttributeError):
             try:
@@ -306,15 +305,14 @@ class Call:
         try:
             while True:
                 message = await self._ws.recv(decode=False)
-                # The caller's audio comes 50 times a second, so it is not even parsed. But `start`
-                # is, in which a <Parameter> may be called payload.
-                is_audio = b'"payload"' in message
-                if not (is_audio and self._stream_sid):
+                # The caller's audio comes 50 times a second, so it is not even parsed. (In `start`,
+                # a <Parameter> may be called payload.)
+                if not self._stream_sid or b'"payload"' not in message:
                     self._on_message(message)
         except ConnectionClosed as closed:
             if closed.sent and not closed.rcvd_then_sent:
                 # websockets closed first, since a ping was not answered or a message is too large.
-                # (If we did, the call has ended before, and this changes nothing.)
+                # (Or we did: then the call has ended already, and this changes nothing.)
                 self.end(closed.sent.code, f"connection failed: {closed}")
             elif closed.rcvd and closed.rcvd.code == 1001:
                 self.end(1000, "the proxy closed it (1001)")
@@ -392,7 +390,7 @@ class Call:
             await self._after_script(returned)
 
     async def _after_script(self, returned: object) -> None:
-        """End the call now or, if it is to stay open, when the caller hangs up or it drains."""
+        """End the call; if it is to stay open, only when the caller hangs up or it drains."""
         if returned is not None:
             kind = type(returned).__name__
             log.warning("%s: the script returned a %s: `await call.say(text)` says it", self, kind)
@@ -401,10 +399,7 @@ class Call:
         self.end(1000, "drained" if self._is_draining else "completed")
 
     async def _speak(self, utterance: Utterance) -> bool:
-        """Return whether the caller heard all of it; raise what failed, once the rest was heard.
-
-        The time-out never expires by itself: `_interrupt` makes it expire.
-        """
+        """Speak; return False if a key interrupts it. Raise a failure once the rest was heard."""
         try:
             async with timeout(None) as self._interruption:
                 await self._stream(utterance)
@@ -412,8 +407,8 @@ class Call:
         except TimeoutError:
             await self._clear()
             failure = utterance.failure
-            if isinstance(failure, Exception) and not isinstance(failure, SpeechFailed):
-                log.error("%s: the text failed", self, exc_info=failure)  # since it is not raised
+            if failure and not isinstance(failure, SpeechFailed):  # which `_fetch` has logged
+                log.error("%s: the text failed", self, exc_info=failure)
             return False
         except asyncio.CancelledError:  # The script has a time-out around `say`, or the call ended.
             await self._clear()
@@ -490,8 +485,8 @@ class Playback:
     def pause_seconds(self, audio: bytes) -> float:
         """Return how long to wait before `audio` is sent; 0.0 if nothing is buffered."""
         ahead = self.ahead_seconds()
-        too_much = ahead + len(audio) / BYTES_PER_SECOND - MAX_BUFFERED_SECONDS
-        return max(ahead * PAUSE_SHARE, too_much)
+        excess = ahead + len(audio) / BYTES_PER_SECOND - MAX_BUFFERED_SECONDS
+        return max(ahead * PAUSE_SHARE, excess)
 
     def add(self, audio: bytes) -> None:
         """Count `audio` as sent."""
@@ -550,7 +545,7 @@ def beginning(response: requests.Response) -> str:
 
 
 def excerpt(foreign: object) -> str:
-    """Return what somebody else has written for the log: in ASCII, 200 characters at most."""
+    """Return somebody else's text as the log takes it: in ASCII, 200 characters at most."""
     text = ascii(foreign)
     if len(text) > 200:  # The end is kept, too, since requests' exceptions have the cause there.
         text = f"{text[:60]} ... {text[-135:]}"
@@ -569,7 +564,10 @@ class News(asyncio.Event):
     """Tells whoever waits that something has changed."""
 
     async def next(self) -> None:
-        """Wait for the next set(). Who calls this right after a look at things misses none."""
+        """Wait for the next set(), which wakes all who wait.
+
+        None is missed if nothing is awaited between a look at what has changed and this call.
+        """
         self.clear()
         await self.wait()
 
@@ -581,7 +579,7 @@ async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     process would wait for them at its exit.
     """
     result = Future[Any]()
-    result.set_running_or_notify_cancel()  # Else a time-out cancels it, and set_result raises.
+    result.set_running_or_notify_cancel()  # Now no time-out can cancel it: set_result would raise.
 
     def run() -> None:
         try:
@@ -595,7 +593,6 @@ async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 # --- Deepgram -------------------------------------------------------------------------------------
 
-BYTES_PER_SECOND = 8000  # of mulaw at 8 kHz
 FRAME_BYTES = 160  # 20 ms; whole frames avoid the jitter that some callers hear
 MAX_CHUNK_BYTES = 20 * FRAME_BYTES  # 0.4 s, so that a slow link, too, soon has the first sound
 MAX_SPEECH_BYTES = 8_000_000  # of a piece; 300 characters take some 200 KB
@@ -640,6 +637,7 @@ class Speech:
 
     def add(self, audio: bytes) -> None:
         """Append `audio`, in a thread; raise SpeechFailed if the download is to stop."""
+        # It may be over for `_fetch`, which has a time-out.
         if self.is_over or len(self.audio) > MAX_SPEECH_BYTES:
             raise SpeechFailed("Deepgram does not come to an end")
         self.audio += audio
@@ -680,7 +678,7 @@ class Utterance:
         self._spoken_bytes = 0  # of the first speech
         self._text = ""
         self._position = 0  # in `_text`: what is before it has been requested
-        self._requests = 0  # so far
+        self._requested = 0  # so far
         self._is_written = False  # to its end
         self._news = News()  # set when something was written, or requested
         self._writer: asyncio.Task[None] | None = None
@@ -725,7 +723,7 @@ class Utterance:
             await asyncio.wait([self._writer], timeout=CLOSE_SECONDS)
 
     async def _write(self, parts: AsyncIterator[str | None]) -> None:
-        """Take the text's parts, in one task: a time-out in the text must end where it began."""
+        """Take the text's parts in one task: a time-out in a generator must end where it began."""
         try:
             await self._take(parts)
             self._is_written = True
@@ -752,7 +750,7 @@ class Utterance:
         is_paused = False
         while not self._speeches:
             if self._request_next(is_paused):
-                await asyncio.sleep(0)  # There may be much without anything to say.
+                await asyncio.sleep(0)  # Much of a text may be mere punctuation.
             elif self._is_written or self.failure:
                 return False
             else:
@@ -761,28 +759,31 @@ class Utterance:
         return True
 
     async def _pauses(self) -> bool:
-        """Wait for more of the text; return whether none has come for PAUSE_SECONDS."""
+        """Wait for more of the text; return whether none has come for TEXT_PAUSE_SECONDS."""
         try:
-            async with timeout(PAUSE_SECONDS):
+            async with timeout(TEXT_PAUSE_SECONDS):
                 await self._news.next()
         except TimeoutError:
             return True
         return False
 
     def _request_next(self, is_paused: bool = False) -> bool:
-        """Request the next piece, if two are not under way; return whether there was one."""
+        """Take the next piece, if two are not under way, and request it if there is a word in it.
+
+        Return whether anything was taken.
+        """
         if len(self._speeches) == 2 or self._position == len(self._text):
             return False
         text = self._text[self._position : self._position + MAX_CHARACTERS]
-        # No more comes of a text that has failed, so its whole sentences are said as in a pause.
+        # A text that has failed is like one that pauses: its whole sentences are said.
         is_paused = is_paused or self.failure is not None
-        length = length_of_piece(text, self._requests, is_paused, self._is_written)
+        length = length_of_piece(text, self._requested, is_paused, self._is_written)
         self._position += length
         self._news.set()
-        piece = text[:length].strip()
-        if is_speakable(piece):
-            self._requests += 1
-            speech = self._request(piece)
+        words = text[:length].strip()
+        if is_speakable(words):
+            self._requested += 1
+            speech = self._request(words)
             speech.listeners += 1
             self._speeches.append(speech)
         return length > 0
@@ -795,8 +796,8 @@ READ_SECONDS = 5.0  # without a byte; Deepgram's first usually comes after 0.2 t
 READ_BYTES = 5 * FRAME_BYTES  # 0.1 s of audio
 MAX_RESPONSE_SECONDS = 120.0  # Deepgram sends a piece within some seconds
 RETRY_SECONDS = 8.0  # from the first try to the last
-FIRST_PAUSE_SECONDS = 0.25  # before another try; each pause is twice as long as the one before it
-MAX_PAUSE_SECONDS = 1.0
+FIRST_RETRY_WAIT_SECONDS = 0.25  # before another try; each wait is twice as long as the last one
+MAX_RETRY_WAIT_SECONDS = 1.0
 MAX_IDLE_SECONDS = 30.0  # Some NATs forget a connection that has idled for a minute.
 DEEPGRAM_ADVICE = {  # by HTTP status
     400: "check DEEPGRAM_OPTIONS and the voice, which call.model, the TwiML or DEEPGRAM_MODEL sets",
@@ -823,7 +824,7 @@ class TextToSpeech:
         self._cache = collections.OrderedDict[Piece, Speech]()  # the least recently used first
         self._cache_bytes = 0
 
-    def speak(self, text: Text, model: str) -> Utterance:
+    def utterance(self, text: Text, model: str) -> Utterance:
         """Return `text` as an utterance in this voice."""
         return Utterance(text, functools.partial(self._get, model))
 
@@ -880,8 +881,8 @@ class TextToSpeech:
             with self._post_patiently(speech) as response:
                 check_audio(response)
                 is_chunked = "Transfer-Encoding" in response.headers
-                # iter_content waits for so many bytes, unless the body is chunked: then it yields
-                # each chunk as it comes, and more bytes at a time only save work.
+                # Of a chunked body, iter_content yields each chunk as it comes, so a large size
+                # delays nothing. Of any other it waits for the whole size.
                 read_bytes = MAX_CHUNK_BYTES if is_chunked else READ_BYTES
                 for audio in response.iter_content(read_bytes):
                     speech.add(audio)
@@ -896,7 +897,7 @@ class TextToSpeech:
     def _post_patiently(self, speech: Speech) -> requests.Response:
         """Return Deepgram's answer; after 429 and 5xx, retry while there is time and a listener."""
         give_up_at = time.monotonic() + RETRY_SECONDS
-        pause_seconds = FIRST_PAUSE_SECONDS
+        wait_seconds = FIRST_RETRY_WAIT_SECONDS
         while True:
             response = self._post_reconnecting(speech.piece)
             is_busy = response.status_code == 429 or response.status_code >= 500
@@ -905,9 +906,9 @@ class TextToSpeech:
                 return response
             beginning(response)  # If that is all of it, the connection is kept.
             response.close()
-            wait_seconds = max(pause_seconds, retry_after_seconds(response))
-            time.sleep(min(wait_seconds, left_seconds))
-            pause_seconds = min(2 * pause_seconds, MAX_PAUSE_SECONDS)
+            wanted_seconds = max(wait_seconds, retry_after_seconds(response))
+            time.sleep(min(wanted_seconds, left_seconds))  # so that the last try is at the end
+            wait_seconds = min(2 * wait_seconds, MAX_RETRY_WAIT_SECONDS)
 
     def _post_reconnecting(self, piece: Piece) -> requests.Response:
         """Return Deepgram's answer; if the connection breaks before it, try twice more."""
@@ -918,9 +919,7 @@ class TextToSpeech:
 
     def _post(self, piece: Piece) -> requests.Response:
         """Return Deepgram's answer; raise requests' exceptions."""
-        version = "v1"  # which does not know Flux, Deepgram's newest voices
-        if piece.model.startswith("flux-"):
-            version = "v2"
+        version = "v2" if piece.model.startswith("flux-") else "v1"  # v1 does not know Flux
         return self._fresh_session().post(
             f"{self._url}/{version}/speak?{self._query}",
             params={"model": piece.model},
@@ -940,11 +939,11 @@ class TextToSpeech:
         without a word to either side, and a request on it would hang.
         """
         while True:
-            await asyncio.sleep(MAX_IDLE_SECONDS / 2)  # so that _fresh_session finds it fresh
+            await asyncio.sleep(MAX_IDLE_SECONDS / 2)
             session = self._new_session()
             with suppress(Exception):  # If something is wrong, the next request says so.
                 await in_thread(session.head, self._url, timeout=1, allow_redirects=False)
-            self._session.close()  # What is being fetched goes on.
+            self._session.close()  # of idle connections only: what is being fetched goes on
             self._session = session
             self._renewed_at = time.time()
 
@@ -979,12 +978,12 @@ class DeepgramAdapter(requests.adapters.HTTPAdapter):
         super().__init__(pool_maxsize=pool_size)
 
     def build_connection_pool_key_attributes(self, request: Any, *_: Any) -> Any:
-        """Return what requests does, without that file (as for `verify=True`), with our context."""
+        """Return what requests does for `verify=True`, which names no file, plus our context."""
         host, tls = super().build_connection_pool_key_attributes(request, verify=True)
         return host, {**tls, "ssl_context": self._context}
 
     def cert_verify(self, *_: Any) -> None:
-        """Do nothing, where requests names that file."""
+        """Name no file: our context has the certificates."""
 
     def send(self, *args: Any, **options: Any) -> requests.Response:
         """Return Deepgram's answer, if it is no interim one; raise requests' exceptions."""
@@ -1048,10 +1047,10 @@ MAX_PIECE_CHARACTERS = 300  # since a long text takes Deepgram longer
 FIRST_PIECE_CHARACTERS = 20  # at least, so that "Hi." takes the next sentence along
 # The first piece of a text that is being written may end at a clause, if it has so many characters.
 FIRST_CLAUSE_CHARACTERS = 40
-# Then the rest of the sentence is cut here, if it is longer. A model that writes 15 tokens a second
-# has written so much before the first piece has been spoken.
+# A second piece in which no sentence ends is cut here: a model that writes 15 tokens a second has
+# written so much before the first piece has been spoken.
 SECOND_PIECE_CHARACTERS = 175
-PAUSE_SECONDS = 0.5  # If a text pauses for so long, what is complete is said.
+TEXT_PAUSE_SECONDS = 0.5  # If a text pauses for so long, what is complete is said.
 # Deepgram's inline controls, such as \{pause:500ms\}. One without an end takes in all that follows.
 CONTROL = re.compile(r"\\\{.*?(?:\\\}|\Z)", re.DOTALL)
 # Quotes, brackets and Markdown that close a sentence belong to it.
@@ -1068,31 +1067,31 @@ SPEAKABLE = re.compile(r"[^\W_]")  # a letter or a digit
 
 
 @functools.lru_cache(maxsize=1000)  # since a greeting is said to everybody
-def length_of_piece(text: str, number: int, is_paused: bool, is_whole: bool) -> int:
+def length_of_piece(text: str, number: int, is_paused: bool, is_written: bool) -> int:
     """Return how many characters of `text` to request next, or 0 to wait for more of it.
 
-    If nothing has been requested, they are the first sentence. Otherwise they are all of the text,
-    if it fits, or as many sentences as fit. Where there is no whole sentence, see length_of_part.
+    The first piece is the first sentence. Any other is all of the text, if it is written and fits,
+    or as many sentences as fit. Where there is no whole sentence, see length_of_part.
 
     Args:
         text: What is written and has not been requested, MAX_CHARACTERS of it at most.
         number: How many pieces of the text have been requested.
         is_paused: Whether no more is to be expected soon.
-        is_whole: Whether the text has been written to its end.
+        is_written: Whether the text has been written to its end.
     """
     text = CONTROL.sub(mask, text)
     first = SPEAKABLE.search(text)
-    if not first:  # There is nothing to say. It goes with what follows, or is dropped.
-        return len(text) if is_whole or len(text) == MAX_CHARACTERS else 0
-    start = first.end()
-    limit = start + MAX_PIECE_CHARACTERS
+    if not first:  # There is nothing to say: wait for what follows or, at the end, skip it.
+        return len(text) if is_written or len(text) == MAX_CHARACTERS else 0
+    start = first.end()  # No piece ends before this, so that each has a word in it.
+    limit = min(start + MAX_PIECE_CHARACTERS, MAX_CHARACTERS - 1)
     ends = matches(SENTENCE_END, text, start, limit)
     sentences = [end.end() for end in ends if ends_sentence(end, is_paused)]
     if number == 0 and not is_paused:
         sentences = [end for end in sentences if end >= FIRST_PIECE_CHARACTERS]
     if number == 0 and sentences:
         return sentences[0]
-    if is_whole and len(text) <= limit:
+    if is_written and len(text) <= limit:
         return len(text)
     if sentences:
         return sentences[-1]
@@ -1102,9 +1101,9 @@ def length_of_piece(text: str, number: int, is_paused: bool, is_whole: bool) -> 
 def length_of_part(text: str, number: int, start: int, limit: int) -> int:
     """Return how much of a sentence to request that is too long, or still being written."""
     if number == 1:
-        limit = start + SECOND_PIECE_CHARACTERS
+        limit = min(limit, start + SECOND_PIECE_CHARACTERS)
     clauses = matches(CLAUSE_END, text, start, limit)
-    if len(text) > limit or len(text) == MAX_CHARACTERS:  # More of it would not help.
+    if len(text) > limit:
         parts = clauses or matches(WORD_END, text, start, limit)
         return parts[-1].end() if parts else len(text)
     if number == 0 and clauses and clauses[-1].end() >= FIRST_CLAUSE_CHARACTERS:
@@ -1130,7 +1129,7 @@ def ends_sentence(match: re.Match[str], is_paused: bool) -> bool:
         return True
     following = text[match.end() :].lstrip()[:1]
     if not following:
-        return is_paused  # If it is not, the next character decides.
+        return is_paused  # If it does not pause, the next character decides.
     if mark in "。！？":
         return True
     goes_on = following.islower() or following.isdigit() or following == "."  # . . . or .NET
@@ -1289,8 +1288,8 @@ async def name_what_blocks() -> None:
 def limit_exit(drain_seconds: int) -> None:
     """Have the process end some seconds after `drain_seconds`, whatever a script does.
 
-    faulthandler has one timer, so name_what_blocks has to be cancelled first. Where the event loop
-    is blocked it need not be: it sets the timer no more.
+    faulthandler has one timer, which name_what_blocks sets anew at each beat. So Server.run calls
+    this after the last beat. The signal handler's call counts where the event loop is blocked.
     """
     faulthandler.dump_traceback_later(drain_seconds + EXIT_SECONDS, exit=True)
 
@@ -1318,7 +1317,7 @@ class Server:
         self._tts = TextToSpeech(settings)
         self._calls: dict[asyncio.Task[None], Call] = {}
         self._public_url = settings.public_url
-        self._is_stopping = False
+        self._is_exit_limited = False
         self._exit_requests = asyncio.Queue[int]()  # of exit statuses
 
     async def run(self) -> int:
@@ -1337,7 +1336,7 @@ class Server:
             task.cancel()
         limit_exit(self._settings.drain_seconds)
         listening.close(close_connections=False)
-        await asyncio.sleep(0)  # close() starts a task, with whose first step no call gets in.
+        await asyncio.sleep(0)  # for the first step of close()'s task: from now on no call gets in
         if self._calls:
             await self._drain()
         return status
@@ -1372,7 +1371,8 @@ class Server:
         return listening
 
     async def _serve_call(self, ws: ServerConnection) -> None:
-        # Nothing is awaited between _process_request and here, so MAX_CALLS and a drain miss none.
+        # websockets does not yield between _process_request and here, so that MAX_CALLS and a drain
+        # miss no call.
         call = Call(ws, self._settings, self._tts)
         task: Any = asyncio.current_task()
         self._calls[task] = call
@@ -1381,7 +1381,7 @@ class Server:
 
     async def _prefetch_greeting(self) -> None:
         """Fetch the greeting, so that the first caller has it at once; exit if that is hopeless."""
-        greeting = self._tts.speak(self._settings.greeting, self._settings.deepgram_model)
+        greeting = self._tts.utterance(self._settings.greeting, self._settings.deepgram_model)
         while await greeting.read():
             pass
         match greeting.failure:
@@ -1398,10 +1398,10 @@ class Server:
     def _on_signal(self, *_: object) -> None:
         """Ask for the exit: at first when current texts were heard, then at once.
 
-        It is called by Python, not by the event loop, so it runs while a script blocks that, too.
+        Unlike loop.add_signal_handler's, it runs while a script blocks the event loop, too.
         """
-        if not self._is_stopping:  # Another signal does not put the limit off.
-            self._is_stopping = True
+        if not self._is_exit_limited:  # Another signal does not put the exit off.
+            self._is_exit_limited = True
             limit_exit(self._settings.drain_seconds)
         with suppress(RuntimeError):  # The event loop has just ended.
             loop = asyncio.get_running_loop()
@@ -1459,7 +1459,7 @@ def is_signed(headers: Headers, token: str, public_url: str) -> bool:
             "it is not Twilio's, or a proxy does not pass the header on"
         )
         return False
-    claimed_host = "".join(headers.get_all("Host")).partition("/")[0]  # without a path
+    claimed_host = "".join(headers.get_all("Host")).partition("/")[0]  # It may not set the path.
     url = stream_url(public_url or claimed_host)
     host, _, path = url.removeprefix("wss://").partition("/")
     for port in ("", ":443"):
@@ -1563,9 +1563,9 @@ class Throttle(logging.Filter):
         if int(record.created) != self._second:
             self._second = int(record.created)
             counts = self._counts
-            self._counts = collections.Counter()
+            self._counts = collections.Counter()  # first, since the lines below come here, too
             for kind, count in counts.items():
-                if count > self.MAX_PER_SECOND:  # This line, too, comes here to be filtered.
+                if count > self.MAX_PER_SECOND:
                     log.warning("%d more lines like this: %s", count - self.MAX_PER_SECOND, kind)
         if record.name == log.name and record.levelno == logging.INFO:
             return True

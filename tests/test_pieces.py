@@ -28,9 +28,9 @@ def cut(parts: Iterable[str], number: int = LATER) -> list[str]:
     """Return the pieces of a text that is written in these parts, each as soon as it can be had."""
     pieces: list[str] = []
     rest = ""
-    for part, is_whole in [*((part, False) for part in parts), ("", True)]:
+    for part, is_written in [*((part, False) for part in parts), ("", True)]:
         rest += part
-        while length := length_of_piece(rest[:MAX_CHARACTERS], number, False, is_whole):
+        while length := length_of_piece(rest[:MAX_CHARACTERS], number, False, is_written):
             pieces.append(rest[:length])
             rest = rest[length:]
             number += is_speakable(pieces[-1])
@@ -48,10 +48,10 @@ def tokens(text: str) -> list[str]:
     return re.findall(r"\s?[^\s]{1,5}|\s", text)
 
 
-def check(example: str, number: int = 0, is_paused: bool = False, is_whole: bool = False) -> None:
+def check(example: str, number: int = 0, is_paused: bool = False, is_written: bool = False) -> None:
     """Check that `example` is cut first at its |; one that has none has to wait for more."""
     text = example.replace("|", "")
-    length = length_of_piece(text, number, is_paused, is_whole)
+    length = length_of_piece(text, number, is_paused, is_written)
     assert text[:length] == example.partition("|")[0] * ("|" in example)
 
 
@@ -185,10 +185,10 @@ def test_pause(example: str) -> None:
 
 def test_end() -> None:
     """When a text has been written, all of it is said, the first sentence first."""
-    check("One mo|", is_whole=True)
-    check("Hi.|", is_whole=True)
-    check("Good morning to you.| One mo", is_whole=True)
-    check("Good morning to you. One mo|", number=1, is_whole=True)
+    check("One mo|", is_written=True)
+    check("Hi.|", is_written=True)
+    check("Good morning to you.| One mo", is_written=True)
+    check("Good morning to you. One mo|", number=1, is_written=True)
 
 
 # Long texts
@@ -229,7 +229,7 @@ def test_nothing_to_cut_at() -> None:
 def test_waits_for_no_full_stop() -> None:
     """A sentence that never ends is said before it has been written, wherever it begins."""
     check("word " * 60 + "|" + "word " * 2, number=LATER)
-    check(" " * 1900 + "word " * 20 + "|", number=LATER)
+    check(" " * 1900 + "word " * 19 + "|word ", number=LATER)
 
 
 # Inline controls
@@ -327,26 +327,26 @@ def test_pieces(written: Sequence[tuple[str, bool]]) -> None:
         rest += text
         while rest:
             window = rest[:MAX_CHARACTERS]
-            is_whole = is_written and window == rest
-            length = length_of_piece(window, number, is_paused, is_whole)
+            is_written = is_written and window == rest
+            length = length_of_piece(window, number, is_paused, is_written)
             if length == 0:
                 break
             assert 0 < length <= len(window)
-            check_piece(window, length, is_whole)
+            check_piece(window, length, is_written)
             number += is_speakable(window[:length])
             rest = rest[length:]
         assert len(rest) < MAX_CHARACTERS, "it waits, though no more can come"
     assert rest == ""
 
 
-def check_piece(text: str, length: int, is_whole: bool) -> None:
+def check_piece(text: str, length: int, is_written: bool) -> None:
     """Check the piece of so many characters that was cut off `text`."""
     control = re.compile(r"\\\{.*?(\\\}|\Z)", re.DOTALL)
     hidden = control.sub(lambda found: "\0" * len(found[0]), text)
     start = next((at for at, letter in enumerate(hidden, 1) if letter.isalnum()), len(text))
     could_be_cut = re.search(r"\s\S", hidden[start : start + MAX_PIECE_CHARACTERS])
     assert length <= start + MAX_PIECE_CHARACTERS or not could_be_cut
-    is_all = length == len(text) and (is_whole or length == MAX_CHARACTERS)
+    is_all = length == len(text) and (is_written or length == MAX_CHARACTERS)
     assert is_all or is_speakable(text[:length])
     before, after = hidden[:length][-1], hidden[length:][:1]
     assert not (before.isalnum() and after.isalnum())

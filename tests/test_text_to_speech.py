@@ -89,7 +89,7 @@ async def hear(speaker: TextToSpeech | Utterance, text: str = "", model: str = V
     """Return all the audio of `text`, or of an utterance."""
     utterance = speaker
     if isinstance(speaker, TextToSpeech):
-        utterance = speaker.speak(text, model)
+        utterance = speaker.utterance(text, model)
     assert isinstance(utterance, Utterance)
     heard = b""
     while audio := await utterance.read():
@@ -102,7 +102,7 @@ async def fail(
     tts: TextToSpeech, text: str, model: str = VOICE, heard: bytearray | None = None
 ) -> SpeechFailed:
     """Return what `text` fails with; add to `heard` the audio before that."""
-    utterance = tts.speak(text, model)
+    utterance = tts.utterance(text, model)
     while audio := await utterance.read():
         if heard is not None:
             heard += audio
@@ -181,7 +181,7 @@ async def test_sound_as_it_comes(tts: TextToSpeech, deepgram: Deepgram, framing:
     """Audio is heard as it comes, however its end is told, and in whatever sizes it is written."""
     go = asyncio.Event()
     answer = Answer(framing=framing, write_sizes=(1601, 333), gate=go)
-    utterance = tts.speak(deepgram.answer("as it comes", answer), VOICE)
+    utterance = tts.utterance(deepgram.answer("as it comes", answer), VOICE)
     heard = b""
     while len(heard) < 1600:
         heard += await utterance.read()
@@ -578,8 +578,8 @@ def impatient_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tries follow each other fast, and for ever."""
     monkeypatch.setattr(twilio_aura, "RETRY_SECONDS", 1000.0)
     monkeypatch.setattr(twilio_aura, "MAX_RESPONSE_SECONDS", 1000.0)
-    monkeypatch.setattr(twilio_aura, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(twilio_aura, "MAX_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(twilio_aura, "FIRST_RETRY_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(twilio_aura, "MAX_RETRY_WAIT_SECONDS", 0.02)
 
 
 @pytest.mark.usefixtures("impatient_retries")
@@ -587,7 +587,7 @@ async def test_caller_who_has_gone_ends_the_trying(deepgram: Deepgram) -> None:
     """Nothing is tried again for a caller who has gone, and his slot is the next one's."""
     tts = text_to_speech(deepgram.url, deepgram_concurrency=1)
     text = deepgram.answer("busy and gone", BUSY)
-    utterance = tts.speak(text, VOICE)
+    utterance = tts.utterance(text, VOICE)
     reading = asyncio.create_task(utterance.read())
     await deepgram.until(lambda: len(deepgram.asked(text)) >= 3)
     reading.cancel()
@@ -619,7 +619,7 @@ async def test_shared(tts: TextToSpeech, deepgram: Deepgram) -> None:
     """A text that is being fetched is fetched once; each caller hears it from its beginning."""
     go = asyncio.Event()
     text = deepgram.answer("shared by all", Answer(gate=go))
-    first = tts.speak(text, VOICE)
+    first = tts.utterance(text, VOICE)
     beginning = await first.read()
     hearing = [asyncio.create_task(hear(tts, text)) for _ in range(50)]
     go.set()
@@ -658,7 +658,7 @@ async def test_fetched_though_gone(tts: TextToSpeech, deepgram: Deepgram) -> Non
     """What was begun is fetched to its end when its caller has gone, and is cached."""
     go = asyncio.Event()
     text = deepgram.answer("begun", Answer(gate=go))
-    utterance = tts.speak(text, VOICE)
+    utterance = tts.utterance(text, VOICE)
     await utterance.read()
     await utterance.close()
     go.set()
@@ -737,7 +737,7 @@ async def test_nobody_waits_for_the_abandoned(deepgram: Deepgram) -> None:
     tts = text_to_speech(deepgram.url, deepgram_concurrency=1)
     first = asyncio.create_task(hear(tts, "in front"))
     await deepgram.until_asked("in front")
-    gone = [tts.speak(f"number {number}", VOICE) for number in range(30)]
+    gone = [tts.utterance(f"number {number}", VOICE) for number in range(30)]
     reading = [asyncio.create_task(utterance.read()) for utterance in gone]
     together = asyncio.create_task(hear(tts, "number 7"))  # He wants what another wanted, too.
     await asyncio.sleep(0)
@@ -762,7 +762,7 @@ async def test_piece_ahead_is_wanted(deepgram: Deepgram) -> None:
     first, second = "This is the first sentence.", "And the second one."
     deepgram.answer(first, Answer(gate=go))
     tts = text_to_speech(deepgram.url, deepgram_concurrency=2)
-    utterance = tts.speak(f"{first} {second}", VOICE)
+    utterance = tts.utterance(f"{first} {second}", VOICE)
     await utterance.read()
     await deepgram.until_asked(second)
     go.set()

@@ -107,7 +107,7 @@ class Writer(Observable):
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no writer pause, however busy the machine is."""
-    monkeypatch.setattr(twilio_aura, "PAUSE_SECONDS", 1000)
+    monkeypatch.setattr(twilio_aura, "TEXT_PAUSE_SECONDS", 1000)
 
 
 @pytest.fixture
@@ -294,7 +294,7 @@ async def test_list(voice: Voice) -> None:
 
 async def test_pause(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is complete is requested when its writer pauses, and the writer does not notice."""
-    monkeypatch.setattr(twilio_aura, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(twilio_aura, "TEXT_PAUSE_SECONDS", 0.01)
     writer = Writer()
     hearing = asyncio.create_task(hear(Utterance(writer.text(), voice.request)))
     writer.write("Let me check that for you.", " One")
@@ -309,7 +309,7 @@ async def test_pause(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_pause_with_empty_parts(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer who sends nothing but empty parts pauses: models' clients do so meanwhile."""
-    monkeypatch.setattr(twilio_aura, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(twilio_aura, "TEXT_PAUSE_SECONDS", 0.01)
     writer = Writer()
     hearing = asyncio.create_task(hear(Utterance(writer.text(), voice.request)))
     writer.write("Let me check that for you.")
@@ -325,15 +325,15 @@ async def test_after_a_pause(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> N
     """A pause in the middle of a sentence makes no end of what is written after it."""
     paused = asyncio.Event()
 
-    def length_of_piece(text: str, number: int, is_paused: bool, is_whole: bool) -> int:
+    def length_of_piece(text: str, number: int, is_paused: bool, is_written: bool) -> int:
         if is_paused:
             paused.set()
-            monkeypatch.setattr(twilio_aura, "PAUSE_SECONDS", 1000)
-        return find(text, number, is_paused, is_whole)
+            monkeypatch.setattr(twilio_aura, "TEXT_PAUSE_SECONDS", 1000)
+        return find(text, number, is_paused, is_written)
 
     find = twilio_aura.length_of_piece
     monkeypatch.setattr(twilio_aura, "length_of_piece", length_of_piece)
-    monkeypatch.setattr(twilio_aura, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(twilio_aura, "TEXT_PAUSE_SECONDS", 0.01)
     writer = Writer()
     hearing = asyncio.create_task(hear(Utterance(writer.text(), voice.request)))
     writer.write("The price is")

@@ -216,7 +216,7 @@ class Voice:
         """Keep the speech of `text` no longer."""
         del self._speeches[text]
 
-    def speak(self, text: Text, model: str) -> Utterance:
+    def utterance(self, text: Text, model: str) -> Utterance:
         """Return `text` as an utterance in this voice."""
         return Utterance(text, functools.partial(self._request, model))
 
