@@ -49,7 +49,7 @@ async def main() -> None:
     pin(psutil.Process(), CALLERS_CORE)
     with far_deepgram() as far:
         rows = await waits(far, ["simplest", "ours"], QUIET_SECONDS)
-    head = "longest wait for the first sound; 100 come within a second"
+    head = "longest wait for the first sound (the 100 call within one second)"
     print(table(head, ["simplest", "ours"], rows, "ms"), flush=True)
     if given.svg:
         given.svg.write_text(chart(rows), encoding="utf-8")
