@@ -148,8 +148,8 @@ class Call:
             kind = type(text).__name__
             raise TypeError(f"a text is a str or an async iterable of str, not {kind}")
         async with self._turn:
-            if self._has_spoken:  # A call that was let in before a drain hears its first text.
-                await self._end_if_draining()
+            if self._is_draining and self._has_spoken:  # The first text is said all the same.
+                self.end(1000, "drained")
             await self._raise_if_ended()
             self._has_spoken = True
             utterance = self._tts.utterance(text, self.model)
@@ -337,7 +337,7 @@ class Call:
                 case "stop":
                     self.end(1000, self._stop_reason)
                 case _:
-                    raise ValueError("an unknown event")
+                    raise ValueError  # as for any odd message
         except Exception:  # The message may have any shape.
             size = len(message)
             log.warning("%s: ignored a message of %d bytes, event %s", self, size, excerpt(event))
@@ -347,7 +347,7 @@ class Call:
     def _on_start(self, start: dict[str, Any]) -> None:
         stream_sid = clean_sid(start["streamSid"])
         if self._stream_sid or not stream_sid:
-            raise ValueError("a second start, or an empty one")
+            raise ValueError  # The message is ignored.
         parameters = start.get("customParameters") or {}
         self.parameters = {name: str(value) for name, value in parameters.items()}
         self.model = self.parameters.get("model", "").strip() or self.model
@@ -376,7 +376,7 @@ class Call:
                 await self._until(lambda: self._stream_sid)
         except TimeoutError:
             self.end(1008, f"no start within {START_SECONDS:.0f} s")
-            return
+        await self._raise_if_ended()  # also if it has a wrong media format
         try:
             returned = await script(self)
         except SpeechFailed as failure:
@@ -404,14 +404,11 @@ class Call:
             async with timeout(None) as self._interruption:
                 await self._stream(utterance)
                 await self._until_heard()
-        except TimeoutError:
-            await self._clear()
-            failure = utterance.failure
-            if failure and not isinstance(failure, SpeechFailed):  # which `_fetch` has logged
-                log.error("%s: the text failed", self, exc_info=failure)
+        except TimeoutError:  # A key has interrupted it.
+            await self._silence(utterance)
             return False
         except asyncio.CancelledError:  # The script has a time-out around `say`, or the call ended.
-            await self._clear()
+            await self._silence(utterance)
             raise
         if utterance.failure:
             raise utterance.failure
@@ -442,10 +439,14 @@ class Call:
             log.warning("%s: no mark came back: does the TwiML have <Start>, not <Connect>?", self)
         self._playback.is_playing = False
 
-    async def _clear(self) -> None:
-        """Have Twilio throw away what it has not played yet."""
+    async def _silence(self, utterance: Utterance) -> None:
+        """Have Twilio throw away what it has not played; then log what the text has raised."""
         self._playback.clear()
         await self._send(CLEAR % self._stream_sid)
+        await utterance.close()
+        failure = utterance.failure
+        if isinstance(failure, Exception) and not isinstance(failure, SpeechFailed):
+            log.error("%s: the text failed", self, exc_info=failure)
 
     async def _send(self, message: str) -> None:
         with suppress(ConnectionClosed):  # The receiver ends the call, and says why.

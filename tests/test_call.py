@@ -213,6 +213,32 @@ async def test_key_after_a_text_has_failed() -> None:
         assert complaint.endswith("ValueError: the model is gone")
 
 
+@pytest.mark.parametrize("is_key", [True, False])
+async def test_text_fails_when_it_is_stopped(is_key: bool) -> None:
+    """What a text raises as a key or a hang-up stops it is in the log, since nobody raises it."""
+
+    async def text() -> AsyncIterator[str]:
+        try:
+            yield "This is a whole sentence. "
+            await asyncio.Event().wait()
+        finally:
+            raise ValueError("the database is gone")
+
+    async def script(call: Call) -> None:
+        assert await call.say(text()) is False
+
+    async with Line(script, returns_marks=False) as line:
+        await line.until(lambda: bool(line.audio))
+        if is_key:
+            line.press("1")
+        else:
+            line.stop()
+        await line.ended()
+        complaint = line.complaint()
+        assert complaint.startswith(f"ERROR call {line.call_sid}: the text failed\nTraceback")
+        assert complaint.endswith("ValueError: the database is gone")
+
+
 async def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text that leaves the caller in silence for too long has failed; the script may go on."""
     async with Line() as line:
@@ -858,11 +884,17 @@ async def test_second_start() -> None:
 )
 async def test_media_format(media_format: dict[str, object]) -> None:
     """A stream that is not mulaw at 8000 Hz would be noise: it is closed, and the log says why."""
-    async with Line(twilio_aura.script, start=False) as line:
+    started = []
+
+    async def script(call: Call) -> None:
+        started.append(call)
+
+    async with Line(script, start=False) as line:
         start = line.start_fields() | {"mediaFormat": media_format}
         line.feed(line.message("start", start=start))
         assert await line.ended() == (1008, "the stream is not mulaw at 8000 Hz")
         assert line.sent == []
+        assert started == []
         assert line.complaint().endswith("leave audioFormat and sampleRate out of <Stream>")
 
 
