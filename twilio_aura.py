@@ -67,8 +67,8 @@ async def script(call: Call) -> None:
 # --- A call ---------------------------------------------------------------------------------------
 
 START_SECONDS = 10.0  # for Twilio's `start`, which usually comes at once
-# How long a text may bring no audio. Then the call is closed, and the TwiML goes on. Three tries to
-# connect to Deepgram (7.5 s) fit into it, or the retries after a 429 (8 s), but not both.
+# How long a text may bring no audio. Then the call is closed, and the TwiML goes on. It is enough
+# for three tries to connect to Deepgram (7.5 s), or for retries after a 429 (8 s), not for both.
 MAX_SILENCE_SECONDS = 9.0
 MARK_GRACE_SECONDS = 3.0  # for a mark to return once playback should have ended
 CLOSE_SECONDS = 2.0  # for the closing handshake, and for what a script or a text does at its end
@@ -137,12 +137,13 @@ class Call:
 
         Args:
             text: A str, or an async iterable of str, which is spoken while it is written.
-            interruptible: Whether a key stops it. Keys are kept for `digit` and `ask` in any case.
+            interruptible: Whether a key stops it once it sounds. All keys are kept for `digit` and
+                `ask`.
 
         Raises:
             SpeechFailed: Deepgram has failed, or nothing has come for MAX_SILENCE_SECONDS.
             TypeError: `text` is no text.
-            Exception: What `text` raises. What came before a failure is heard first.
+            Exception: What `text` raises. The whole sentences before a failure are heard first.
         """
         if not isinstance(text, (str, AsyncIterable)):
             kind = type(text).__name__
@@ -160,7 +161,7 @@ class Call:
             finally:
                 self._is_speaking = False
                 self._is_interruptible = False
-                self._news.set()  # A `digit` in another task may now end a call that drains.
+                self._news.set()  # for a `digit` in another task, which ends a call that drains
                 await utterance.close()
 
     async def ask(self, text: Text, count: int = 1, seconds: float = 5) -> str:
@@ -210,9 +211,8 @@ class Call:
         if problem:
             log.error("%s: Twilio did not redirect it: %s", self, problem)
             self.end(1000, "not redirected")
-        # Here the script is cancelled, by `serve` or by the second line.
         await self._until(self._ended.done)
-        await self._raise_if_ended()
+        await self._raise_if_ended()  # unless `serve` has cancelled the script by now
 
     async def _ask_twilio(self, twiml: str) -> str:
         """Have Twilio go on with `twiml`; return what went wrong, for the log, or ""."""
@@ -228,9 +228,9 @@ class Call:
             return f"no answer ({excerpt(error)}); check TWILIO_API_URL and the network"
         if 200 <= status < 300:
             return ""
-        self._stop_reason = "hung up"
+        self._stop_reason = "hung up"  # A `stop` that comes now is not due to the redirect.
         if re.search('"code": ?21220', body):  # The call is not in progress any more.
-            self.end(1000, self._stop_reason)
+            self.end(1000, "hung up")
         else:
             await asyncio.sleep(STOP_SECONDS)
         await self._raise_if_ended()
@@ -243,9 +243,9 @@ class Call:
         await self._raise_if_ended()
 
     async def _raise_if_ended(self) -> None:
-        """Raise CancelledError if the call has ended: a script may have caught the one of `serve`.
+        """Raise CancelledError if the call has ended, for a script that has caught that of `serve`.
 
-        The sleep is for a script that catches it in a loop, which would block the event loop.
+        The sleep keeps the event loop free if the script catches it again and again.
         """
         if self._ended.done():
             await asyncio.sleep(0.1)
@@ -267,7 +267,7 @@ class Call:
             reason += "; the peer did not acknowledge the close"
         receiver.cancel()
         sender.cancel()
-        # The sender may wait for CLOSE_SECONDS, for a text to end, so we wait somewhat longer.
+        # The sender waits for CLOSE_SECONDS for a text to end, so we wait somewhat longer.
         await asyncio.wait([receiver, sender], timeout=1.5 * CLOSE_SECONDS)
         if not sender.done():
             log.warning("%s: its script goes on: it has to let asyncio.CancelledError pass", self)
@@ -287,8 +287,8 @@ class Call:
 
     async def _close(self, code: int, reason: str) -> bool:
         """Close the websocket; return whether the peer acknowledged that within CLOSE_SECONDS."""
-        # transport.abort(), whether we call it or websockets does, raises AttributeError if the
-        # transport has just closed by itself. Then the connection is closed, as we want it.
+        # If the transport has just closed by itself, transport.abort(), which websockets calls as
+        # well, raises AttributeError. Then the connection is closed, as we want it.
         with suppress(AttributeError):
             try:
                 async with timeout(CLOSE_SECONDS):
@@ -310,6 +310,7 @@ class Call:
                 if not self._stream_sid or b'"payload"' not in message:
                     self._on_message(message)
         except ConnectionClosed as closed:
+            # `sent` and `rcvd` are close frames, each None if there was none.
             if closed.sent and not closed.rcvd_then_sent:
                 # websockets closed first, since a ping was not answered or a message is too large.
                 # (Or we did: then the call has ended already, and this changes nothing.)
@@ -446,7 +447,7 @@ class Call:
         await utterance.close()
         failure = utterance.failure
         if isinstance(failure, Exception) and not isinstance(failure, SpeechFailed):
-            log.error("%s: the text failed", self, exc_info=failure)
+            log.error("%s: the text failed", self, exc_info=failure)  # It is not raised any more.
 
     async def _send(self, message: str) -> None:
         with suppress(ConnectionClosed):  # The receiver ends the call, and says why.
@@ -454,8 +455,8 @@ class Call:
 
 
 MAX_BUFFERED_SECONDS = 3.0  # of audio at Twilio. More would delay a `clear` on a slow link.
-# Each pause is a tenth of what is buffered: a text that is well ahead slows down, so that the event
-# loop is free for the first sounds of other calls.
+# Each pause is this share of what is buffered. So texts that are well ahead do less, and the event
+# loop has time for calls that have no sound yet.
 PAUSE_SHARE = 0.1
 
 
@@ -567,7 +568,7 @@ class News(asyncio.Event):
     async def next(self) -> None:
         """Wait for the next set(), which wakes all who wait.
 
-        None is missed if nothing is awaited between a look at what has changed and this call.
+        One that came before this call is lost, so look for what has changed right before it.
         """
         self.clear()
         await self.wait()
@@ -580,7 +581,7 @@ async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     process would wait for them at its exit.
     """
     result = Future[Any]()
-    result.set_running_or_notify_cancel()  # Now no time-out can cancel it: set_result would raise.
+    result.set_running_or_notify_cancel()  # else a time-out cancels it, and set_result raises
 
     def run() -> None:
         try:
@@ -638,7 +639,7 @@ class Speech:
 
     def add(self, audio: bytes) -> None:
         """Append `audio`, in a thread; raise SpeechFailed if the download is to stop."""
-        # It may be over for `_fetch`, which has a time-out.
+        # It is over if the time-out of `_fetch` has expired.
         if self.is_over or len(self.audio) > MAX_SPEECH_BYTES:
             raise SpeechFailed("Deepgram does not come to an end")
         self.audio += audio
@@ -724,7 +725,7 @@ class Utterance:
             await asyncio.wait([self._writer], timeout=CLOSE_SECONDS)
 
     async def _write(self, parts: AsyncIterator[str | None]) -> None:
-        """Take the text's parts in one task: a time-out in a generator must end where it began."""
+        """Take the text's parts in one task: a time-out in a generator cannot move to another."""
         try:
             await self._take(parts)
             self._is_written = True
@@ -755,18 +756,18 @@ class Utterance:
             elif self._is_written or self.failure:
                 return False
             else:
-                is_paused = await self._pauses()
+                is_paused = not await self._goes_on()
         self._request_next()  # so that the second piece is there when the first has been spoken
         return True
 
-    async def _pauses(self) -> bool:
-        """Wait for more of the text; return whether none has come for TEXT_PAUSE_SECONDS."""
+    async def _goes_on(self) -> bool:
+        """Wait for more of the text; return False if none comes within TEXT_PAUSE_SECONDS."""
         try:
             async with timeout(TEXT_PAUSE_SECONDS):
                 await self._news.next()
         except TimeoutError:
-            return True
-        return False
+            return False
+        return True
 
     def _request_next(self, is_paused: bool = False) -> bool:
         """Take the next piece, if two are not under way, and request it if there is a word in it.
@@ -780,7 +781,7 @@ class Utterance:
         is_paused = is_paused or self.failure is not None
         length = length_of_piece(text, self._requested, is_paused, self._is_written)
         self._position += length
-        self._news.set()
+        self._news.set()  # for `_take`
         words = text[:length].strip()
         if is_speakable(words):
             self._requested += 1
@@ -882,8 +883,8 @@ class TextToSpeech:
             with self._post_patiently(speech) as response:
                 check_audio(response)
                 is_chunked = "Transfer-Encoding" in response.headers
-                # Of a chunked body, iter_content yields each chunk as it comes, so a large size
-                # delays nothing. Of any other it waits for the whole size.
+                # iter_content yields each chunk of a chunked body as it comes, whatever the size.
+                # Of any other body it waits until it has so many bytes.
                 read_bytes = MAX_CHUNK_BYTES if is_chunked else READ_BYTES
                 for audio in response.iter_content(read_bytes):
                     speech.add(audio)
@@ -908,11 +909,11 @@ class TextToSpeech:
             beginning(response)  # If that is all of it, the connection is kept.
             response.close()
             wanted_seconds = max(wait_seconds, retry_after_seconds(response))
-            time.sleep(min(wanted_seconds, left_seconds))  # so that the last try is at the end
+            time.sleep(min(wanted_seconds, left_seconds))  # The last try is after RETRY_SECONDS.
             wait_seconds = min(2 * wait_seconds, MAX_RETRY_WAIT_SECONDS)
 
     def _post_reconnecting(self, piece: Piece) -> requests.Response:
-        """Return Deepgram's answer; if the connection breaks before it, try twice more."""
+        """Return Deepgram's answer; if there is no connection, or it breaks, try twice more."""
         for _ in range(2):
             with suppress(requests.ConnectionError):
                 return self._post(piece)
@@ -934,10 +935,11 @@ class TextToSpeech:
     # Connections.
 
     async def keep_warm(self) -> None:
-        """Keep one connection open, and none that may have idled for too long.
+        """Replace all idle connections by a new one, twice in MAX_IDLE_SECONDS.
 
-        A new connection costs two round trips before a request. A NAT forgets one that idles,
-        without a word to either side, and a request on it would hang.
+        A NAT forgets a connection that idles, without a word to either side, and a request on it
+        would hang. A new one costs two round trips, so it is made before it is needed. It has a new
+        session, since nothing but a session's end closes its idle connections.
         """
         while True:
             await asyncio.sleep(MAX_IDLE_SECONDS / 2)
@@ -949,7 +951,7 @@ class TextToSpeech:
             self._renewed_at = time.time()
 
     def _fresh_session(self) -> requests.Session:
-        """Return the session, without its idle connections if the machine has slept meanwhile."""
+        """Return the session, without idle connections if keep_warm is late: the machine slept."""
         if time.time() - self._renewed_at > MAX_IDLE_SECONDS:
             self._session.close()
             self._renewed_at = time.time()
@@ -969,9 +971,8 @@ class TextToSpeech:
 class DeepgramAdapter(requests.adapters.HTTPAdapter):
     """Connects to Deepgram.
 
-    All connections have one TLS context. By itself, requests names a file with all root
-    certificates to each new connection. Reading it takes so much processor time that other calls
-    wait.
+    All connections have one TLS context. By itself, requests has each new connection read the file
+    of root certificates. That takes so much processor time that other calls wait.
     """
 
     def __init__(self, context: ssl.SSLContext, pool_size: int) -> None:
@@ -979,15 +980,15 @@ class DeepgramAdapter(requests.adapters.HTTPAdapter):
         super().__init__(pool_maxsize=pool_size)
 
     def build_connection_pool_key_attributes(self, request: Any, *_: Any) -> Any:
-        """Return what requests does for `verify=True`, which names no file, plus our context."""
-        host, tls = super().build_connection_pool_key_attributes(request, verify=True)
-        return host, {**tls, "ssl_context": self._context}
+        """Return what makes a pool: what requests does for `verify=True`, and our context."""
+        host, options = super().build_connection_pool_key_attributes(request, verify=True)
+        return host, {**options, "ssl_context": self._context}
 
     def cert_verify(self, *_: Any) -> None:
-        """Name no file: our context has the certificates."""
+        """Do nothing, where requests names the file of certificates."""
 
     def send(self, *args: Any, **options: Any) -> requests.Response:
-        """Return Deepgram's answer, if it is no interim one; raise requests' exceptions."""
+        """Return Deepgram's answer; raise requests' exceptions, one for an interim answer, too."""
         response = super().send(*args, **options)
         if response.status_code < 200:
             # The final answer is still to come, and would be taken for the next request's.
@@ -1048,8 +1049,8 @@ MAX_PIECE_CHARACTERS = 300  # since a long text takes Deepgram longer
 FIRST_PIECE_CHARACTERS = 20  # at least, so that "Hi." takes the next sentence along
 # The first piece of a text that is being written may end at a clause, if it has so many characters.
 FIRST_CLAUSE_CHARACTERS = 40
-# A second piece in which no sentence ends is cut here: a model that writes 15 tokens a second has
-# written so much before the first piece has been spoken.
+# Where a second piece is cut in which no sentence ends. While the first piece is spoken, a model
+# that writes 15 tokens a second writes so much.
 SECOND_PIECE_CHARACTERS = 175
 TEXT_PAUSE_SECONDS = 0.5  # If a text pauses for so long, what is complete is said.
 # Deepgram's inline controls, such as \{pause:500ms\}. One without an end takes in all that follows.
@@ -1059,8 +1060,9 @@ CLOSERS = re.escape("\"'”’»)]」』）*_~`")
 # A full stop or its like at the end of a word; a Chinese or Japanese one anywhere; or a new line.
 # Not each of them ends a sentence: see ends_sentence.
 SENTENCE_END = re.compile(rf"[.!?…؟۔।॥][{CLOSERS}]*(?=\s|\Z)|[。！？]+[{CLOSERS}]*|\n")
-# What a full stop may abbreviate: J. a.m. 1. 10. Dr. Capt., so a letter or a digit, two digits, or
-# a capital with one to three letters. "Yes." looks like one, and takes the next sentence along.
+# What is before the full stop of an abbreviation: a letter or a digit (J. a.m. 1.), two digits
+# (10.), or a capital with one to three more letters (Dr. Capt.). "Yes." matches, too, and takes the
+# next sentence along.
 ABBREVIATION = re.compile(r"(?:\A|\W|_)(?:\w|\d\d|[A-ZÀ-ÖØ-Þ]\w{1,3})\Z")
 CLAUSE_END = re.compile(rf"[,;:–—،][{CLOSERS}]*(?=\s)|[、，；：][{CLOSERS}]*")
 WORD_END = re.compile(r"\s+")
@@ -1085,7 +1087,7 @@ def length_of_piece(text: str, number: int, is_paused: bool, is_written: bool) -
     if not first:  # There is nothing to say: wait for what follows or, at the end, skip it.
         return len(text) if is_written or len(text) == MAX_CHARACTERS else 0
     start = first.end()  # No piece ends before this, so that each has a word in it.
-    limit = min(start + MAX_PIECE_CHARACTERS, MAX_CHARACTERS - 1)
+    limit = min(start + MAX_PIECE_CHARACTERS, MAX_CHARACTERS - 1)  # More may follow MAX_CHARACTERS.
     ends = matches(SENTENCE_END, text, start, limit)
     sentences = [end.end() for end in ends if ends_sentence(end, is_paused)]
     if number == 0 and not is_paused:
@@ -1109,7 +1111,7 @@ def length_of_part(text: str, number: int, start: int, limit: int) -> int:
         return parts[-1].end() if parts else len(text)
     if number == 0 and clauses and clauses[-1].end() >= FIRST_CLAUSE_CHARACTERS:
         return clauses[-1].end()
-    return 0
+    return 0  # What is written to its end and fits was taken before.
 
 
 def mask(control: re.Match[str]) -> str:
@@ -1130,7 +1132,7 @@ def ends_sentence(match: re.Match[str], is_paused: bool) -> bool:
         return True
     following = text[match.end() :].lstrip()[:1]
     if not following:
-        return is_paused  # If it does not pause, the next character decides.
+        return is_paused  # Else what comes may belong to it, or show that it goes on.
     if mark in "。！？":
         return True
     goes_on = following.islower() or following.isdigit() or following == "."  # . . . or .NET
@@ -1252,7 +1254,7 @@ DOTENV = Path(".env")
 def read_dotenv() -> list[str]:
     """Add `.env` to the environment; return what in it is no setting, or raise StartError."""
     for name, value in list(os.environ.items()):
-        if not value.strip():  # It counts as not set. Else it would hide what `.env` has.
+        if not value.strip():  # It counts as not set, but would hide what `.env` has.
             del os.environ[name]
     known = {*os.environ, *SETTINGS}
     path = DOTENV.absolute()
@@ -1289,8 +1291,9 @@ async def name_what_blocks() -> None:
 def limit_exit(drain_seconds: int) -> None:
     """Have the process end some seconds after `drain_seconds`, whatever a script does.
 
-    faulthandler has one timer, which name_what_blocks sets anew at each beat. So Server.run calls
-    this after the last beat. The signal handler's call counts where the event loop is blocked.
+    faulthandler has one timer, which name_what_blocks sets anew at each beat. So this is called
+    twice: by the signal handler, in case the event loop is blocked and has no more beats; and by
+    Server.run, once the beats are over.
     """
     faulthandler.dump_traceback_later(drain_seconds + EXIT_SECONDS, exit=True)
 
@@ -1337,7 +1340,7 @@ class Server:
             task.cancel()
         limit_exit(self._settings.drain_seconds)
         listening.close(close_connections=False)
-        await asyncio.sleep(0)  # for the first step of close()'s task: from now on no call gets in
+        await asyncio.sleep(0)  # close() has made a task. Once that has begun, no call gets in.
         if self._calls:
             await self._drain()
         return status
@@ -1357,7 +1360,7 @@ class Server:
                 max_size=MAX_MESSAGE_BYTES,
                 open_timeout=HANDSHAKE_SECONDS,
                 backlog=BACKLOG,
-                start_serving=False,
+                start_serving=False,  # until self._public_url is known
             )
             port = listening.sockets[0].getsockname()[1]
             if not self._public_url:
@@ -1460,7 +1463,8 @@ def is_signed(headers: Headers, token: str, public_url: str) -> bool:
             "it is not Twilio's, or a proxy does not pass the header on"
         )
         return False
-    claimed_host = "".join(headers.get_all("Host")).partition("/")[0]  # It may not set the path.
+    # Without what follows a /, else Host could choose the path that must be signed.
+    claimed_host = "".join(headers.get_all("Host")).partition("/")[0]
     url = stream_url(public_url or claimed_host)
     host, _, path = url.removeprefix("wss://").partition("/")
     for port in ("", ":443"):
@@ -1564,7 +1568,7 @@ class Throttle(logging.Filter):
         if int(record.created) != self._second:
             self._second = int(record.created)
             counts = self._counts
-            self._counts = collections.Counter()  # first, since the lines below come here, too
+            self._counts = collections.Counter()  # before log.warning calls this filter again
             for kind, count in counts.items():
                 if count > self.MAX_PER_SECOND:
                     log.warning("%d more lines like this: %s", count - self.MAX_PER_SECOND, kind)
