@@ -426,8 +426,9 @@ class Call:
                     await self._send(MEDIA % (self._stream_sid, b64encode(audio).decode()))
                     self._playback.add(audio)
                     silence.reschedule(self._playback.ends_at + MAX_SILENCE_SECONDS)
-        except TimeoutError:
-            utterance.fail(SpeechFailed(f"no audio for {MAX_SILENCE_SECONDS:.0f} s"))
+        except TimeoutError:  # What was sent has been played long ago.
+            self._playback.clear()
+            raise SpeechFailed(f"no audio for {MAX_SILENCE_SECONDS:.0f} s") from None
 
     async def _until_heard(self) -> None:
         """Wait for a mark, which Twilio returns when all before it has been played."""
@@ -441,13 +442,12 @@ class Call:
         self._playback.is_playing = False
 
     async def _silence(self, utterance: Utterance) -> None:
-        """Have Twilio throw away what it has not played; then log what the text has raised."""
+        """Have Twilio throw away what it has not played; log what the text has raised meanwhile."""
         self._playback.clear()
         await self._send(CLEAR % self._stream_sid)
-        await utterance.close()
         failure = utterance.failure
-        if isinstance(failure, Exception) and not isinstance(failure, SpeechFailed):
-            log.error("%s: the text failed", self, exc_info=failure)  # It is not raised any more.
+        if failure and not isinstance(failure, SpeechFailed):  # which `_fetch` has logged
+            log.error("%s: the text failed", self, exc_info=failure)
 
     async def _send(self, message: str) -> None:
         with suppress(ConnectionClosed):  # The receiver ends the call, and says why.
@@ -682,6 +682,7 @@ class Utterance:
         self._position = 0  # in `_text`: what is before it has been requested
         self._requested = 0  # so far
         self._is_written = False  # to its end
+        self._is_stopped = False
         self._news = News()  # set when something was written, or requested
         self._writer: asyncio.Task[None] | None = None
         if isinstance(text, str):
@@ -699,24 +700,21 @@ class Utterance:
                 self._spoken_bytes += len(audio)
                 return audio
             if speech.failure:
-                self.fail(speech.failure)
+                self.failure = self.failure or speech.failure
+                self.stop()
                 break
             self._speeches.popleft().listeners -= 1
             self._spoken_bytes = 0
         return b""
-
-    def fail(self, failure: BaseException) -> None:
-        """Stop; this is the failure, unless there is one already."""
-        self.failure = self.failure or failure
-        self.stop()
 
     def stop(self) -> None:
         """Want no more speech, and have the text's writer stop."""
         for speech in self._speeches:
             speech.listeners -= 1
         self._speeches.clear()
-        if self._writer:
+        if self._writer and not self._is_stopped:  # A second time would break off its clean-up.
             self._writer.cancel()
+        self._is_stopped = True
 
     async def close(self) -> None:
         """Stop, and give the text CLOSE_SECONDS for what it does at its end."""
@@ -730,13 +728,18 @@ class Utterance:
             await self._take(parts)
             self._is_written = True
         except BaseException as error:  # SystemExit, too, which would end the server
-            self.failure = self.failure or error  # not fail(): what was written is still said
+            if not self._is_stopped:
+                self.failure = error
+            elif not isinstance(error, asyncio.CancelledError):
+                log.error("the text failed as it was stopped", exc_info=error)
         self._news.set()
 
     async def _take(self, parts: AsyncIterator[str | None]) -> None:
         """Add the parts to the text, MAX_CHARACTERS ahead at most, and close them at the end."""
         try:
             async for part in parts:
+                if self._is_stopped:  # The text has caught its cancellation.
+                    break
                 if part:  # Clients of models send empty parts while the model is busy.
                     self._text = self._text[self._position :] + part
                     self._position = 0
@@ -910,6 +913,8 @@ class TextToSpeech:
             response.close()
             wanted_seconds = max(wait_seconds, retry_after_seconds(response))
             time.sleep(min(wanted_seconds, left_seconds))  # The last try is after RETRY_SECONDS.
+            if not speech.listeners:
+                return response
             wait_seconds = min(2 * wait_seconds, MAX_RETRY_WAIT_SECONDS)
 
     def _post_reconnecting(self, piece: Piece) -> requests.Response:
@@ -1053,8 +1058,10 @@ FIRST_CLAUSE_CHARACTERS = 40
 # that writes 15 tokens a second writes so much.
 SECOND_PIECE_CHARACTERS = 175
 TEXT_PAUSE_SECONDS = 0.5  # If a text pauses for so long, what is complete is said.
-# Deepgram's inline controls, such as \{pause:500ms\}. One without an end takes in all that follows.
+# Deepgram's inline controls, such as \{pause:500ms\}. They are not cut, nor is what follows the
+# beginning of one that has no end (yet). In the end that is said all the same: it may be none.
 CONTROL = re.compile(r"\\\{.*?(?:\\\}|\Z)", re.DOTALL)
+CLOSED_CONTROL = re.compile(r"\\\{.*?\\\}", re.DOTALL)
 # Quotes, brackets and Markdown that close a sentence belong to it.
 CLOSERS = re.escape("\"'”’»)]」』）*_~`")
 # A full stop or its like at the end of a word; a Chinese or Japanese one anywhere; or a new line.
@@ -1142,7 +1149,7 @@ def ends_sentence(match: re.Match[str], is_paused: bool) -> bool:
 
 def is_speakable(text: str) -> bool:
     """Return whether there is anything to say: Deepgram may reject a lone emoji or asterisk."""
-    return SPEAKABLE.search(CONTROL.sub("", text)) is not None
+    return SPEAKABLE.search(CLOSED_CONTROL.sub("", text)) is not None
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -1173,7 +1180,7 @@ def yes_or_no(text: str) -> bool:
 
 def http_url(text: str) -> str:
     """Return the URL without a final /; raise a ValueError that says what it must be."""
-    if not re.match("https?://[^/]", text):
+    if not re.fullmatch(r"https?://([^/:@\[\]]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?(/.*)?", text):
         raise ValueError(f"a URL such as https://api.example.com, not {text!r}")
     return text.rstrip("/")
 
@@ -1270,13 +1277,15 @@ def read_dotenv() -> list[str]:
 BEAT_SECONDS = 0.1
 BLOCKED_SECONDS = 1.0  # from which on a warning comes afterwards
 DUMP_SECONDS = 5  # from which on a traceback comes while it lasts
+STDERR = 2  # A script may put something in place of sys.stderr that is no file.
 EXIT_SECONDS = 3 * CLOSE_SECONDS  # for what is left when all calls were cut off
 
 
 async def name_what_blocks() -> None:
     """Say for how long code has blocked the event loop and, while it still does, where it is."""
     while True:
-        faulthandler.dump_traceback_later(DUMP_SECONDS)  # unless the next beat comes before
+        # unless the next beat comes before
+        faulthandler.dump_traceback_later(DUMP_SECONDS, file=STDERR)
         began = time.monotonic()
         await asyncio.sleep(BEAT_SECONDS)
         seconds = time.monotonic() - began
@@ -1295,7 +1304,7 @@ def limit_exit(drain_seconds: int) -> None:
     twice: by the signal handler, in case the event loop is blocked and has no more beats; and by
     Server.run, once the beats are over.
     """
-    faulthandler.dump_traceback_later(drain_seconds + EXIT_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(drain_seconds + EXIT_SECONDS, exit=True, file=STDERR)
 
 
 # --- The server -----------------------------------------------------------------------------------

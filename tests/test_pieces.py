@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from twilio_aura import (
     MAX_CHARACTERS,
     MAX_PIECE_CHARACTERS,
+    SECOND_PIECE_CHARACTERS,
     is_speakable,
     length_of_piece,
 )
@@ -260,6 +261,13 @@ def test_control_that_is_not_closed(number: int) -> None:
     check(f"Good morning to you.| {opened}", number)
 
 
+def test_control_that_is_never_closed() -> None:
+    """What looks like the beginning of a control hides nothing of a text that has been written."""
+    text = r"Good morning to you. \{ This is no control. And so on."
+    for pieces in (cut([text]), cut(text), cut(tokens(text))):
+        assert said(pieces) == ["Good morning to you.", r"\{ This is no control. And so on."]
+
+
 @pytest.mark.parametrize("size", [301, 1000, 1990])
 def test_long_control(size: int) -> None:
     """However long a control is, it is in one piece; so is one that is longer than any piece."""
@@ -280,13 +288,15 @@ def test_controls_only() -> None:
     assert said(cut(f"Ask here.\n{PAUSE}\n{PAUSE}")) == ["Ask here."]
 
 
-@pytest.mark.parametrize("text", ["4711.", "é", "東", "٣", "नमस्ते।", "a", f"{PAUSE} a", "\\}a"])
+@pytest.mark.parametrize(
+    "text", ["4711.", "é", "東", "٣", "नमस्ते।", "a", f"{PAUSE} a", "\\}a", "\\{a"]
+)
 def test_is_speakable(text: str) -> None:
     """A letter or a digit, of any language, is something to say."""
     assert is_speakable(text)
 
 
-@pytest.mark.parametrize("text", ["", " ", "…", "¡", "***", "_", "😊", "\0", PAUSE, NAME, "\\{a"])
+@pytest.mark.parametrize("text", ["", " ", "…", "¡", "***", "_", "😊", "\0", PAUSE, NAME])
 def test_is_not_speakable(text: str) -> None:
     """Marks, Markdown, an emoji and a control are not."""
     assert not is_speakable(text)
@@ -332,19 +342,20 @@ def test_pieces(written: Sequence[tuple[str, bool]]) -> None:
             if length == 0:
                 break
             assert 0 < length <= len(window)
-            check_piece(window, length, is_written)
+            check_piece(window, length, number, is_written)
             number += is_speakable(window[:length])
             rest = rest[length:]
         assert len(rest) < MAX_CHARACTERS, "it waits, though no more can come"
     assert rest == ""
 
 
-def check_piece(text: str, length: int, is_written: bool) -> None:
-    """Check the piece of so many characters that was cut off `text`."""
+def check_piece(text: str, length: int, number: int, is_written: bool) -> None:
+    """Check the piece of so many characters that was cut off `text`, after so many pieces."""
     control = re.compile(r"\\\{.*?(\\\}|\Z)", re.DOTALL)
     hidden = control.sub(lambda found: "\0" * len(found[0]), text)
     start = next((at for at, letter in enumerate(hidden, 1) if letter.isalnum()), len(text))
-    could_be_cut = re.search(r"\s\S", hidden[start : start + MAX_PIECE_CHARACTERS])
+    limit = SECOND_PIECE_CHARACTERS if number == 1 else MAX_PIECE_CHARACTERS
+    could_be_cut = re.search(r"\s\S", hidden[start : start + limit])
     assert length <= start + MAX_PIECE_CHARACTERS or not could_be_cut
     is_all = length == len(text) and (is_written or length == MAX_CHARACTERS)
     assert is_all or is_speakable(text[:length])

@@ -5,8 +5,10 @@ What a draining call does at each point of its script is in test_call.py.
 
 import asyncio
 import atexit
+import io
 import json
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -82,6 +84,23 @@ async def test_asked_while_draining(deepgram: Deepgram) -> None:
                 await writer.wait_closed()
             server.signal()
             assert await phone.until_closed() == 1001
+        assert await server.end() == 0
+
+
+def replace_stderr() -> None:
+    """Put something in place of sys.stderr that is no file, as a script may to collect its log."""
+    sys.stderr = io.StringIO()
+
+
+async def test_drain_without_a_stderr(deepgram: Deepgram) -> None:
+    """A script that has put something in place of sys.stderr drains as any other."""
+    text = "This is heard to its end."
+    async with Server({"DEEPGRAM_URL": deepgram.url}, before=replace_stderr) as server:
+        async with dial(server.url, parameters={"text": text}) as phone:
+            await phone.until_sound()
+            server.signal()
+            assert await phone.until_closed() == 1000
+            assert phone.heard == noise(text)
         assert await server.end() == 0
 
 

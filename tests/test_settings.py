@@ -66,6 +66,13 @@ WHOLE_NUMBER = "must be a whole number from"
         ("DEEPGRAM_URL", "api.deepgram.com", "must be a URL such as https://api.example.com, not "),
         ("DEEPGRAM_URL", "https://", "must be a URL such as https://api.example.com, not 'https:"),
         ("DEEPGRAM_URL", "https:///v1", "must be a URL such as https://api.example.com, not "),
+        ("DEEPGRAM_URL", "http://[::1", "must be a URL such as https://api.example.com, not "),
+        ("DEEPGRAM_URL", "http://a:port", "must be a URL such as https://api.example.com, not "),
+        (
+            "DEEPGRAM_URL",
+            "http://me:secret@a",
+            "must be a URL such as https://api.example.com, not ",
+        ),
         ("DEEPGRAM_CONCURRENCY", "0", f"{WHOLE_NUMBER} 1 to 65535, not '0'"),
         ("CACHE_MB", "-1", f"{WHOLE_NUMBER} 0 to 65535, not '-1'"),
         ("CACHE_MB", "9" * 5000, f"{WHOLE_NUMBER} 0 to 65535, not "),
@@ -93,6 +100,7 @@ def test_wrong(load: Load, name: str, value: str, sentence: str) -> None:
     ("name", "value", "is_used_as"),
     [
         ("DEEPGRAM_URL", "http://127.0.0.1:8080/deepgram/", "http://127.0.0.1:8080/deepgram"),
+        ("DEEPGRAM_URL", "http://[::1]:8080", "http://[::1]:8080"),
         (
             "TWILIO_API_URL",
             "https://api.dublin.ie1.twilio.com/",

@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from itertools import count
 from pathlib import Path
 
@@ -504,6 +504,7 @@ class Clock:
     def __init__(self) -> None:
         self.pauses: list[float] = []
         self.now = 0.0
+        self.on_pause: Callable[[], None] = lambda: None
 
     def monotonic(self) -> float:
         self.now += 0.001
@@ -512,6 +513,7 @@ class Clock:
     def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
         self.now += seconds
+        self.on_pause()
 
     time = staticmethod(time.time)
 
@@ -594,6 +596,18 @@ async def test_caller_who_has_gone_ends_the_trying(deepgram: Deepgram) -> None:
     await utterance.close()
     async with asyncio.timeout(FOR_EVER):
         assert await hear(tts, "the next one") == noise("the next one")
+
+
+async def test_caller_who_goes_before_another_try(deepgram: Deepgram, clock: Clock) -> None:
+    """Nor is anything asked for him who has gone while we waited to ask again."""
+    tts = text_to_speech(deepgram.url)
+    text = deepgram.answer("busy, then gone", BUSY)
+    utterance = tts.utterance(text, VOICE)
+    clock.on_pause = utterance.stop
+    while await utterance.read():
+        pass
+    await deepgram.until(lambda: len(deepgram.asked(text)) == 1)
+    assert len(clock.pauses) == 1
 
 
 @pytest.mark.usefixtures("impatient_retries")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -515,14 +516,62 @@ async def test_text_that_hangs_at_its_end(voice: Voice, monkeypatch: pytest.Monk
     writer.exit_gate.set()
 
 
-async def test_text_that_fails_at_its_end(voice: Voice) -> None:
-    """What a text raises as it is stopped is kept, wherever that was."""
+async def test_text_that_fails_at_its_end(voice: Voice, caplog: pytest.LogCaptureFixture) -> None:
+    """What a text raises as it is stopped is logged, wherever that was, and nobody raises it."""
     for parts in ([f"{FIRST} "], [f"{FIRST} " * 200, "It waits, being so far ahead."]):
         error = ZeroDivisionError()
         utterance = Utterance(stopping(error, *parts), voice.request)
         await settle()
         await utterance.close()
-        assert utterance.failure is error
+        assert utterance.failure is None
+        (record,) = caplog.records
+        caplog.clear()
+        assert record.exc_info
+        assert record.exc_info[1] is error
+
+
+async def test_text_that_takes_time_at_its_end(voice: Voice) -> None:
+    """It is cancelled once only, so that its clean-up is not broken off."""
+    gate = asyncio.Event()
+    cleaned_up = []
+
+    async def text() -> AsyncIterator[str]:
+        try:
+            yield f"{FIRST} "
+            await asyncio.sleep(1000)
+        finally:
+            await gate.wait()
+            cleaned_up.append("all")
+
+    utterance = Utterance(text(), voice.request)
+    await settle()
+    utterance.stop()
+    await settle()
+    closing = asyncio.create_task(utterance.close())
+    await settle()
+    gate.set()
+    await closing
+    assert cleaned_up == ["all"]
+
+
+async def test_text_that_catches_its_cancellation(voice: Voice) -> None:
+    """A text that writes on when it is stopped is closed at its next part."""
+    closed = []
+
+    async def text() -> AsyncIterator[str]:
+        try:
+            with suppress(asyncio.CancelledError):
+                yield f"{FIRST} "
+                await asyncio.sleep(1000)
+            yield SECOND
+            await asyncio.sleep(1000)
+        finally:
+            closed.append(True)
+
+    utterance = Utterance(text(), voice.request)
+    await settle()
+    await utterance.close()
+    assert closed
 
 
 async def stopping(error: BaseException, *parts: str) -> AsyncIterator[str]:
