@@ -292,7 +292,7 @@ class Call:
         with suppress(AttributeError):
             try:
                 async with timeout(CLOSE_SECONDS):
-                    await self._ws.close(code, reason)
+                    await self._ws.close(code, as_close_reason(reason))
             except TimeoutError:
                 self._ws.transport.abort()  # else websockets waits for 10 s more after `serve`
                 return False
@@ -454,6 +454,11 @@ class Call:
             await self._ws.send(message)
 
 
+def as_close_reason(text: str) -> str:
+    """Return as much of `text` as fits a close frame: 123 bytes of UTF-8."""
+    return text.encode()[:123].decode(errors="ignore")
+
+
 MAX_BUFFERED_SECONDS = 3.0  # of audio at Twilio. More would delay a `clear` on a slow link.
 # Each pause is this share of what is buffered. So texts that are well ahead do less, and the event
 # loop has time for calls that have no sound yet.
@@ -601,7 +606,7 @@ MAX_SPEECH_BYTES = 8_000_000  # of a piece; 300 characters take some 200 KB
 
 
 class SpeechFailed(Exception):
-    """Synthesis failed or is incomplete; the reason must fit a close frame (123 bytes)."""
+    """Synthesis failed or is incomplete."""
 
     def __init__(self, reason: str, advice: str = "", permanent: bool = False) -> None:
         super().__init__(reason)
@@ -861,7 +866,7 @@ class TextToSpeech:
         except TimeoutError:  # The thread sees that it is over when the next bytes come.
             speech.failure = SpeechFailed("Deepgram is too slow", DEFAULT_ADVICE)
         except Exception as error:  # such as: can't start new thread
-            speech.failure = SpeechFailed("Deepgram could not be asked", repr(error))
+            speech.failure = SpeechFailed("Deepgram could not be asked", excerpt(error))
         del self._in_flight[speech.piece]
         speech.end()
         if speech.failure:
@@ -964,6 +969,7 @@ class TextToSpeech:
 
     def _new_session(self) -> requests.Session:
         session = requests.Session()
+        # Else requests searches the environment for each request, which takes time.
         session.proxies = requests.utils.get_environ_proxies(self._url)
         session.trust_env = False  # Else ~/.netrc may replace this header:
         session.headers["Authorization"] = f"Token {self._settings.deepgram_api_key}"
@@ -1058,8 +1064,8 @@ FIRST_CLAUSE_CHARACTERS = 40
 # that writes 15 tokens a second writes so much.
 SECOND_PIECE_CHARACTERS = 175
 TEXT_PAUSE_SECONDS = 0.5  # If a text pauses for so long, what is complete is said.
-# Deepgram's inline controls, such as \{pause:500ms\}. They are not cut, nor is what follows the
-# beginning of one that has no end (yet). In the end that is said all the same: it may be none.
+# Deepgram's inline controls, such as \{pause:500ms\}. What CONTROL matches is not cut, so it also
+# matches one whose end is still to be written. CLOSED_CONTROL is nothing to say by itself.
 CONTROL = re.compile(r"\\\{.*?(?:\\\}|\Z)", re.DOTALL)
 CLOSED_CONTROL = re.compile(r"\\\{.*?\\\}", re.DOTALL)
 # Quotes, brackets and Markdown that close a sentence belong to it.
@@ -1284,8 +1290,7 @@ EXIT_SECONDS = 3 * CLOSE_SECONDS  # for what is left when all calls were cut off
 async def name_what_blocks() -> None:
     """Say for how long code has blocked the event loop and, while it still does, where it is."""
     while True:
-        # unless the next beat comes before
-        faulthandler.dump_traceback_later(DUMP_SECONDS, file=STDERR)
+        faulthandler.dump_traceback_later(DUMP_SECONDS, file=STDERR)  # The next beat puts it off.
         began = time.monotonic()
         await asyncio.sleep(BEAT_SECONDS)
         seconds = time.monotonic() - began
@@ -1607,7 +1612,10 @@ def help_text() -> str:
 
 
 def main(script: Script = script) -> int:
-    """Serve `script` as the command line and the settings say; return the exit status."""
+    """Serve `script` as the command line and the settings say; return the exit status.
+
+    The process then has to end within some seconds: limit_exit ends it otherwise.
+    """
     argparse.ArgumentParser(
         description=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()

@@ -146,6 +146,17 @@ async def test_speech_fails() -> None:
         assert line.audio == said("before", "It goes on.")
 
 
+@pytest.mark.parametrize(("letter", "size"), [("x", 123), ("é", 61)])
+async def test_long_reason(letter: str, size: int) -> None:
+    """A script may raise it with any reason, of which the close frame has what fits."""
+
+    async def script(_: Call) -> None:
+        raise SpeechFailed(letter * 300)
+
+    async with Line(script) as line:
+        assert await line.ended() == (1011, letter * size)
+
+
 async def test_speech_of_a_written_text_fails() -> None:
     """A failure stops whoever writes the text at once, while what came before is still heard."""
     stopped = asyncio.Event()
@@ -375,19 +386,20 @@ async def test_key_that_must_wait() -> None:
         assert await line.call.digit() == "1"
 
 
+async def takes_time_at_its_end(goes_on: asyncio.Event) -> AsyncIterator[str]:
+    """Write until it is stopped, and then wait for `goes_on`."""
+    try:
+        yield "This is a whole sentence. And half"
+        await asyncio.Event().wait()
+    finally:
+        await goes_on.wait()
+
+
 async def test_key_silences_first() -> None:
     """The `clear` waits for nothing that the text still does; nor does a second key meanwhile."""
     goes_on = asyncio.Event()
-
-    async def text() -> AsyncIterator[str]:
-        try:
-            yield "This is a whole sentence. And half"
-            await asyncio.Event().wait()
-        finally:
-            await goes_on.wait()
-
     async with Line() as line:
-        saying = line.begin(line.call.say(text()))
+        saying = line.begin(line.call.say(takes_time_at_its_end(goes_on)))
         await line.until_sound()
         line.press("1")
         await line.until_clear()
@@ -418,16 +430,8 @@ async def test_say_is_cancelled() -> None:
 async def test_text_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text whose own end hangs is not waited for for long."""
     goes_on = asyncio.Event()
-
-    async def text() -> AsyncIterator[str]:
-        try:
-            yield "This is a whole sentence. And half"
-            await asyncio.Event().wait()
-        finally:
-            await goes_on.wait()
-
     async with Line() as line:
-        saying = line.begin(line.call.say(text()))
+        saying = line.begin(line.call.say(takes_time_at_its_end(goes_on)))
         await line.until_sound()
         with monkeypatch.context() as patch:
             patch.setattr(twilio_aura, "CLOSE_SECONDS", 0.05)
@@ -744,16 +748,26 @@ async def test_long_messages_in_the_log() -> None:
         line.complaints.clear()
 
 
-async def test_long_model_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("m" * 50_000, "the connection to Deepgram failed"),
+        ("mmm\ud800" + "m" * 50_000, "Deepgram could not be asked"),  # It is no text at all.
+    ],
+    ids=["long", "long, and not to be encoded"],
+)
+async def test_long_model_in_the_log(
+    model: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor has the line of a failed request, if the TwiML's voice has 50 KB."""
     monkeypatch.setenv("no_proxy", "*")
     with socket.socket() as closed:  # bound, but not listening: it refuses connections
         closed.bind(("127.0.0.1", 0))
         settings = Settings(deepgram_url=f"http://127.0.0.1:{closed.getsockname()[1]}")
         async with Line(
-            twilio_aura.script, parameters={"model": "m" * 50_000}, tts=TextToSpeech(settings)
+            twilio_aura.script, parameters={"model": model}, tts=TextToSpeech(settings)
         ) as line:
-            assert await line.ended() == (1011, "the connection to Deepgram failed")
+            assert await line.ended() == (1011, reason)
             assert "for the voice 'mmm" in line.complaint()
             assert max(map(len, line.log)) < 700
 

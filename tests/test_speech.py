@@ -7,6 +7,7 @@ import pytest
 
 import twilio_aura
 from tests.standins.deepgram import noise
+from tests.standins.wire import settle
 from twilio_aura import FRAME_BYTES, MAX_CHUNK_BYTES, Piece, Speech, SpeechFailed
 
 PIECE = Piece("aura-asteria-en", "some sound")
@@ -28,12 +29,6 @@ async def read(speech: Speech) -> list[bytes]:
     while chunk := await speech.read(sum(map(len, chunks))):
         chunks.append(chunk)
     return chunks
-
-
-async def settle() -> None:
-    """Let the other tasks do what they can."""
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 async def test_all_of_it() -> None:

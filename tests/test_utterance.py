@@ -15,6 +15,7 @@ import pytest
 import twilio_aura
 from tests.standins import Observable
 from tests.standins.deepgram import noise, said
+from tests.standins.wire import settle
 from twilio_aura import Piece, Speech, SpeechFailed, Utterance
 
 FIRST = "This is the first sentence."
@@ -147,12 +148,6 @@ async def hear_until_failure(utterance: Utterance) -> tuple[bytes, BaseException
         heard += audio
     assert utterance.failure is not None
     return heard, utterance.failure
-
-
-async def settle() -> None:
-    """Let the other tasks do what they can."""
-    for _ in range(10):
-        await asyncio.sleep(0)
 
 
 # What is requested
